@@ -1,0 +1,37 @@
+"""How a model family writes tool calls. The grammar and the parser are both made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolEnvelope:
+    r"""The fixed text around the calls of one answer.
+
+    An answer with calls is    begin  call (between call)*  end
+    and each call is           call_begin NAME name_end ARGUMENTS call_end
+
+    where NAME is a tool's name and ARGUMENTS a JSON object. Hermes, for example:
+
+        call_begin='<tool_call>\n{"name": "', name_end='", "arguments": ', call_end='}\n</tool_call>', between='\n'
+
+    Any part may contain control tokens by name, as in begin="[TOOL_CALLS][". Where the model's vocabulary
+    has such a control token, the grammar demands the token, and the parser sees it as a token.
+    """
+
+    begin: str = ""
+    call_begin: str
+    name_end: str
+    call_end: str
+    between: str = ""
+    end: str = ""
+    trigger: str
+    """What `begin + call_begin` starts with and free text may not contain: once written, a call has begun."""
+    text_before_calls: bool = True
+    """Whether the model may say something in front of its calls; if not, the trigger stands only at the start."""
+    parallel: bool = True
+    """Whether the family can write more than one call in an answer."""
+    item_separator: str = ", "
+    key_separator: str = ": "
+    """The layout of JSON that the family was trained on."""

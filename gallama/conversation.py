@@ -1,0 +1,263 @@
+"""What a client means: a chat request in, chat events out. Nothing here knows HTTP or tokens.
+
+Every API surface translates its own format to `ChatRequest` and from `ChatEvent`. A stream is
+
+    Accepted, (ReasoningText | AnswerText | ToolCallStarted | ToolArguments | Finished)*, Completed
+
+or ends early in `Failure`. `collect_reply` makes the whole answer of it; there is no other path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from gallama.errors import ErrorReport, ReportedError
+from gallama.generation import SamplingSettings
+
+Role = Literal["system", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+ConstraintKind = Literal[
+    "json_object", "json_schema", "regex", "regex_prefix", "prefix", "choice", "grammar", "template", "tools"
+]
+
+
+class ToolCall(Struct, frozen=True, kw_only=True):
+    id: str
+    name: str
+    arguments: str
+    """JSON text of an object."""
+
+
+class Message(Struct, frozen=True, kw_only=True):
+    role: Role
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    """Of a tool's message: the call that it answers."""
+    name: str | None = None
+    """Of a tool's message: the tool; else the participant."""
+    reasoning: str | None = None
+
+
+class ToolSpec(Struct, frozen=True, kw_only=True):
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = {}
+    """JSON Schema of the arguments, an object; {} allows any object."""
+    strict: bool = False
+
+
+class ToolChoice(Struct, frozen=True, kw_only=True):
+    """Whether tools may or must be called, and which.
+
+    A named choice is `required` with one name allowed.
+    """
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    allowed: tuple[str, ...] | None = None
+    """None: all tools."""
+
+
+class Constraint(Struct, frozen=True, kw_only=True):
+    """What the answer's text must be.
+
+    source, by kind: json_schema: the schema; regex, regex_prefix: the pattern; prefix, choice: a list of
+    strings; json_object: None; grammar: {"syntax": "lark" | "gbnf", "definition": text}.
+    """
+
+    kind: ConstraintKind
+    source: Any = None
+    strict: bool = False
+    param: str = "response_format"
+    """The request's field that asked for it, for error messages."""
+
+
+class ChatRequest(Struct, frozen=True, kw_only=True):
+    request_id: str
+    model: str
+    messages: tuple[Message, ...]
+    tools: tuple[ToolSpec, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    constraint: Constraint | None = None
+    sampling: SamplingSettings = SamplingSettings()
+    max_tokens: int | None = None
+    """None: as many as the context holds."""
+    stop: tuple[str, ...] = ()
+    return_stop_word: bool = False
+    choices: int = 1
+    logprobs: int | None = None
+    """How many alternatives to report for each token; None: no log probabilities at all."""
+    leading_prompt: str = ""
+    """Text that the assistant's turn begins with; not part of the answer."""
+    reasoning_effort: str | None = None
+
+
+class LogprobEntry(Struct, frozen=True):
+    """One token of the answer. `token` is its text, with U+FFFD where bytes are no whole character."""
+
+    token: str
+    token_bytes: bytes
+    logprob: float
+    top: tuple[tuple[str, bytes, float], ...] = ()
+
+
+class Guarantee(Struct, frozen=True, kw_only=True):
+    """What held for a constrained answer, and how; see docs/guarantees.md."""
+
+    kind: ConstraintKind
+    engine: str
+    complete: bool
+    """False when a limit or a stop word cut the answer before the constraint was fulfilled."""
+    sampled_tokens: int
+    forced_tokens: int
+    by: Literal["grammar"] = "grammar"
+    valid: bool = True
+    attempts: int = 1
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens that were in the cache."""
+    reasoning_tokens: int = 0
+
+
+class Accepted(Struct, frozen=True, tag=True):
+    """The request is sound and will be generated. Errors before this one become an HTTP status."""
+
+    prompt_tokens: int
+
+
+class ReasoningText(Struct, frozen=True, tag=True):
+    choice: int
+    text: str
+
+
+class AnswerText(Struct, frozen=True, tag=True):
+    choice: int
+    text: str
+    logprobs: tuple[LogprobEntry, ...] = ()
+
+
+class ToolCallStarted(Struct, frozen=True, tag=True):
+    choice: int
+    call_index: int
+    call_id: str
+    name: str
+
+
+class ToolArguments(Struct, frozen=True, tag=True):
+    """A piece of the JSON text of a call's arguments; all pieces together parse."""
+
+    choice: int
+    call_index: int
+    text: str
+
+
+class Finished(Struct, frozen=True, tag=True):
+    """One choice has ended."""
+
+    choice: int
+    reason: FinishReason
+    guarantee: Guarantee | None = None
+
+
+class Completed(Struct, frozen=True, tag=True):
+    """All choices have ended; the stream ends here."""
+
+    usage: Usage
+
+
+class Failure(Struct, frozen=True, tag=True):
+    """The stream ends here, without an answer to rely on."""
+
+    error: ErrorReport
+
+
+ChatEvent = (
+    Accepted
+    | ReasoningText
+    | AnswerText
+    | ToolCallStarted
+    | ToolArguments
+    | Finished
+    | Completed
+    | Failure
+)
+
+
+@dataclass(slots=True)
+class ChoiceReply:
+    """One whole answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[LogprobEntry] = field(default_factory=list)
+    finish_reason: FinishReason = "stop"
+    guarantee: Guarantee | None = None
+
+
+@dataclass(slots=True)
+class Reply:
+    choices: list[ChoiceReply]
+    usage: Usage
+
+
+class _ReplyBuilder:
+    """Adds up the events of one stream."""
+
+    def __init__(self) -> None:
+        self.choices: dict[int, ChoiceReply] = {}
+        self.usage = Usage(prompt_tokens=0, completion_tokens=0)
+
+    def add(self, event: ChatEvent) -> None:
+        match event:
+            case ReasoningText():
+                self._choice(event.choice).reasoning += event.text
+            case AnswerText():
+                choice = self._choice(event.choice)
+                choice.text += event.text
+                choice.logprobs.extend(event.logprobs)
+            case ToolCallStarted():
+                calls = self._choice(event.choice).tool_calls
+                calls.append(ToolCall(id=event.call_id, name=event.name, arguments=""))
+            case ToolArguments():
+                calls = self._choice(event.choice).tool_calls
+                call = calls[event.call_index]
+                calls[event.call_index] = ToolCall(
+                    id=call.id, name=call.name, arguments=call.arguments + event.text
+                )
+            case Finished():
+                choice = self._choice(event.choice)
+                choice.finish_reason, choice.guarantee = event.reason, event.guarantee
+            case Completed():
+                self.usage = event.usage
+            case Failure():
+                raise ReportedError(event.error)
+            case Accepted():
+                pass
+
+    def _choice(self, index: int) -> ChoiceReply:
+        return self.choices.setdefault(index, ChoiceReply())
+
+    def reply(self) -> Reply:
+        return Reply(choices=[self.choices[index] for index in sorted(self.choices)], usage=self.usage)
+
+
+async def collect_reply(events: AsyncIterable[ChatEvent]) -> Reply:
+    """The whole answer that a stream of events adds up to.
+
+    Raises:
+        ReportedError: the stream ended in a `Failure`.
+    """
+    builder = _ReplyBuilder()
+    async for event in events:
+        builder.add(event)
+    return builder.reply()

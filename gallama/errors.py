@@ -1,0 +1,177 @@
+"""Every error that a user can cause or must hear of: HTTP status, code, parameter, hint.
+
+An error travels from a worker to the gateway as its `ErrorReport`, and from there to the client
+in OpenAI's envelope. What only a bug can cause is an `assert`, not one of these.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from msgspec import Struct
+
+
+class ErrorReport(Struct, frozen=True, kw_only=True):
+    """An error as plain data, the same on the wire, in a stream and in an HTTP body."""
+
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_seconds: float | None = None
+
+
+class GallamaError(Exception):
+    """An expected error. The class tells what can be done; the message has names and numbers."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+    hint: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.specific_code = code or self.code
+        self.retry_after_seconds = retry_after_seconds
+
+    def report(self) -> ErrorReport:
+        return ErrorReport(
+            status=self.status,
+            type=self.type,
+            code=self.specific_code,
+            message=f"{self.message} {self.hint}".strip(),
+            param=self.param,
+            retry_after_seconds=self.retry_after_seconds,
+        )
+
+
+class ReportedError(GallamaError):
+    """An error that another process reported; it keeps that error's status and words."""
+
+    def __init__(self, report: ErrorReport) -> None:
+        super().__init__(report.message, param=report.param)
+        self._report = report
+
+    def report(self) -> ErrorReport:
+        return self._report
+
+
+class InvalidRequest(GallamaError):
+    """The request says something that we do not understand. Not worth a retry."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class UnsupportedValue(InvalidRequest):
+    """The request asks for something that this model or this version does not do."""
+
+    code = "unsupported_value"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together do not fit the model's context."""
+
+    code = "context_length_exceeded"
+    hint = "Send fewer or shorter messages, or lower `max_tokens`."
+
+
+class InvalidConstraint(InvalidRequest):
+    """A schema, regex or grammar is malformed, contradicts itself or has no finite answer."""
+
+    code = "invalid_constraint"
+
+
+class UnsupportedConstraint(InvalidRequest):
+    """A constraint is well-formed, but no grammar of ours can hold it."""
+
+    code = "unsupported_constraint"
+
+
+class ConstraintTooComplex(InvalidRequest):
+    """A constraint would take more time or memory than one request may have."""
+
+    code = "constraint_too_complex"
+    hint = "Make the schema, regex or grammar smaller."
+
+
+class RequestTooLarge(InvalidRequest):
+    """The body is larger than the server reads."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class AuthenticationFailed(GallamaError):
+    """No key, or a key that the server does not know."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class ModelNotFound(GallamaError):
+    """No model of this name can be asked."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+    hint = "GET /v1/models lists the names."
+
+
+class WorkerBusy(GallamaError):
+    """Every instance of the model is full, and so is its queue. Worth a retry."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "model_overloaded"
+
+
+class WorkerUnavailable(GallamaError):
+    """No instance of the model can answer now. Worth a retry."""
+
+    status = 503
+    type = "server_error"
+    code = "model_unavailable"
+
+
+class WorkerDied(WorkerUnavailable):
+    """The worker ended while it answered; nothing is known of the rest of the answer."""
+
+    code = "worker_died"
+
+
+class ConstraintFailed(GallamaError):
+    """The constraint engine gave up in the middle of an answer; the answer is not to be used."""
+
+    code = "constraint_failed"
+
+
+class InvalidConfig(GallamaError):
+    """A flag, an environment variable or a line of the config file is wrong."""
+
+    code = "invalid_config"
+
+
+class MissingExtra(GallamaError):
+    """A library that an engine needs is not installed; the message names the extra."""
+
+    code = "missing_extra"
+
+
+class ModelLoadFailed(GallamaError):
+    """The worker could not load its model."""
+
+    status = 503
+    code = "model_load_failed"
