@@ -88,6 +88,8 @@ class Vocabulary:
     """Tokens that end an answer."""
     end_token_id: int
     """The one that the model prefers among them."""
+    start_token_id: int | None
+    """The token that every prompt of this model begins with, if it wants one."""
     encode: Callable[[bytes], list[int]]
     """Tokenize plain text: no token added in front, no control token recognised."""
     fingerprint: str
