@@ -1,0 +1,89 @@
+"""What can be written behind `gallama`, and which function does it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import gallama
+from gallama.cli.check_config import check_config
+from gallama.cli.serve import serve
+from gallama.errors import GallamaError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words behind `gallama`; None: those of this process.
+
+    Returns:
+        The exit status; 2 for what the user can put right, with the reason on stderr.
+    """
+    arguments = build_parser().parse_args(argv)
+    _log_to_stderr(is_verbose=arguments.verbose)
+    try:
+        status: int = arguments.command(arguments)
+    except GallamaError as error:
+        print(f"gallama: {error.report().message}", file=sys.stderr)
+        return 2
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    # Abbreviated flags are refused everywhere: a flag to come could change what one means.
+    parser = argparse.ArgumentParser(
+        prog="gallama", description="Local models behind an OpenAI-compatible API.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"gallama {gallama.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, describe, help_text in (
+        ("serve", _describe_serve, "start the gateway and the models named"),
+        ("run", _describe_run, "start the gateway and one model, by its name or path"),
+        ("check-config", _describe_check_config, "say whether the config file is valid"),
+    ):
+        command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        command.add_argument("-v", "--verbose", action="store_true", help="log more")
+        describe(command)
+    return parser
+
+
+def _describe_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-id",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="'KEY=VALUE ...'",
+        help="a model to load, as in -id 'model_id=mistral cache_size=8192'; may be repeated",
+    )
+    parser.add_argument("--host", help="the address to listen on; default 127.0.0.1")
+    parser.add_argument("-p", "--port", help="the port to listen on; default 8000, 0 for a free one")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the config file")
+    parser.add_argument("--strict", action="store_const", const=True, help="404 for a name that no model has")
+    parser.add_argument(
+        "--api-key",
+        dest="api_keys",
+        action="append",
+        metavar="KEY",
+        help="a key that requests must carry; may be repeated",
+    )
+    parser.set_defaults(command=serve, name=None)
+
+
+def _describe_run(parser: argparse.ArgumentParser) -> None:
+    _describe_serve(parser)
+    parser.add_argument("name", metavar="NAME", help="a name from the config file, a path, an embedded model")
+
+
+def _describe_check_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="default: the one `serve` reads")
+    parser.set_defaults(command=check_config)
+
+
+def _log_to_stderr(*, is_verbose: bool) -> None:
+    """The only place that sets up logging. Other libraries report from warnings on."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("gallama").setLevel(logging.DEBUG if is_verbose else logging.INFO)

@@ -1,0 +1,143 @@
+"""The config file: where it is, what it says, and on which line it says what is wrong.
+
+_server: {port: 8000}           # the gateway
+_global: {cache_quant: Q8}      # every model
+mistral: {model_id: mistral.gguf}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from gallama.config.model_spec import ModelSpec, layer_values
+from gallama.config.problems import KeyPath, explain_unknown_key, validated
+from gallama.config.server_config import ServerConfig, ServerSettings
+from gallama.errors import InvalidConfig
+
+FILE_NAMES = ("model_config.yaml", "model_config.yml")
+SERVER_SECTION = "_server"
+GLOBAL_SECTION = "_global"
+# What tells one model from another cannot hold for all of them.
+_NOT_GLOBAL = ("model_id", "model_name", "aliases")
+
+
+def default_config_path(environment: Mapping[str, str]) -> Path:
+    """Where the config file is created: in `GALLAMA_HOME`, or in ~/.gallama."""
+    home = environment.get("GALLAMA_HOME")
+    folder = Path(home).expanduser() if home else Path.home() / ".gallama"
+    return folder / FILE_NAMES[0]
+
+
+def find_config_file(environment: Mapping[str, str]) -> Path | None:
+    """The config file that exists, the .yaml before the .yml one; None when there is none."""
+    folder = default_config_path(environment).parent
+    return next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
+
+
+def read_config_file(path: Path) -> ServerConfig:
+    """What the file says, with defaults for the rest.
+
+    Raises:
+        InvalidConfig: with file, line, key and the allowed values, for all that is wrong in a section.
+    """
+    document = _Document(path)
+    document.check_sections()
+    server = validated(ServerSettings, document.section(SERVER_SECTION), document.locate_in(SERVER_SECTION))
+    defaults = document.global_values()
+    models = {name: document.model(name, defaults) for name in document.model_names()}
+    settings = server.model_dump(exclude_unset=True)
+    return ServerConfig(**settings, models=models, model_defaults=defaults, file=path)
+
+
+class _Document:
+    """A parsed config file that knows the line of every key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content, self.lines = _parse(path)
+
+    def problem(self, explanation: str, *keys: str | int) -> InvalidConfig:
+        return InvalidConfig(f"{self.locate(keys)}: {explanation}")
+
+    def locate(self, keys: KeyPath) -> str:
+        """ "FILE, line 12, `mistral.cache_quant`"; a key without a line of its own has its parent's."""
+        path = tuple(keys)
+        ancestors = (path[:end] for end in range(len(path), -1, -1))
+        line = next(self.lines[ancestor] for ancestor in ancestors if ancestor in self.lines)
+        place = f"{self.path}, line {line}"
+        return f"{place}, `{'.'.join(map(str, keys))}`" if keys else place
+
+    def locate_in(self, section: str) -> Callable[[KeyPath], str]:
+        return lambda keys: self.locate((section, *keys))
+
+    def check_sections(self) -> None:
+        for name, values in self.content.items():
+            if not isinstance(name, str):
+                raise self.problem(f"the name {name!r} is no text; put it in quotes", str(name))
+            if name.startswith("_") and name not in (SERVER_SECTION, GLOBAL_SECTION):
+                raise self.problem(explain_unknown_key(name, (SERVER_SECTION, GLOBAL_SECTION)), name)
+            if values is not None and not isinstance(values, dict):
+                raise self.problem("must be a mapping of keys to values", name)
+
+    def section(self, name: str) -> dict[str, Any]:
+        return self.content.get(name) or {}
+
+    def model_names(self) -> list[str]:
+        return [name for name in self.content if not name.startswith("_")]
+
+    def global_values(self) -> dict[str, Any]:
+        values = self.section(GLOBAL_SECTION)
+        for key in _NOT_GLOBAL:
+            if key in values:
+                raise self.problem(f"`{key}` belongs to one model, not to all", GLOBAL_SECTION, key)
+        stand_in = {"model_id": GLOBAL_SECTION, **values}
+        spec = validated(ModelSpec, stand_in, self.locate_in(GLOBAL_SECTION))
+        return spec.model_dump(exclude_unset=True, exclude={"model_id"})
+
+    def model(self, name: str, defaults: Mapping[str, Any]) -> ModelSpec:
+        values = layer_values(defaults, {"model_id": name, "model_name": name, **self.section(name)})
+        return validated(ModelSpec, values, self.locate_in(name))
+
+
+def _parse(path: Path) -> tuple[dict[Any, Any], dict[tuple[str | int, ...], int]]:
+    """The content of the file, and the line, from 1, of every key and list item by its path."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = YAML(typ="safe", pure=True).load(text)
+        tree = YAML(typ="safe", pure=True).compose(text)
+    except OSError as error:
+        raise InvalidConfig(f"The config file {path} cannot be read: {error.strerror}.") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InvalidConfig(f"{path}, line {line}: this is not valid YAML: {error.problem}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{path}: this is not valid YAML: {error}") from None
+    if content is None:
+        return {}, {(): 1}
+    if not isinstance(content, dict):
+        raise InvalidConfig(
+            f"{path}: must be a mapping from model names to settings, not {type(content).__name__}"
+        )
+    return content, {(): 1, **_lines_below((), tree)}
+
+
+def _lines_below(path: tuple[str | int, ...], node: Node) -> dict[tuple[str | int, ...], int]:
+    lines: dict[tuple[str | int, ...], int] = {}
+    for key, key_node, value_node in _children(node):
+        lines[(*path, key)] = key_node.start_mark.line + 1
+        lines |= _lines_below((*path, key), value_node)
+    return lines
+
+
+def _children(node: Node) -> list[tuple[str | int, Node, Node]]:
+    if isinstance(node, MappingNode):
+        return [(key.value, key, value) for key, value in node.value]
+    if isinstance(node, SequenceNode):
+        return [(index, item, item) for index, item in enumerate(node.value)]
+    return []

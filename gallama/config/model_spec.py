@@ -1,0 +1,284 @@
+"""How one model is served: the keys of `-id`, of a model in the config file, and of the worker's order.
+
+The attribute docstrings are the text of the generated config file; see `default_config.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from gallama.generation import SamplingSettings
+
+Backend = Literal["auto", "llama_cpp", "exllamav2", "exllamav3", "transformers", "embedding", "scripted"]
+ModelType = Literal["llm", "embedding"]
+CacheQuant = Literal["FP16", "Q8", "Q6", "Q4"]
+Speculative = Literal["off", "draft", "ngram", "auto"]
+
+_ENUMERATIONS: Mapping[str, tuple[str, ...]] = {
+    "backend": get_args(Backend),
+    "model_type": get_args(ModelType),
+    "cache_quant": get_args(CacheQuant),
+    "draft_cache_quant": get_args(CacheQuant),
+    "speculative": get_args(Speculative),
+}
+_BACKEND_ALIASES = {
+    "exllama": "exllamav2",
+    "exl2": "exllamav2",
+    "exl3": "exllamav3",
+    "llama.cpp": "llama_cpp",
+    "llama-cpp": "llama_cpp",
+    "llamacpp": "llama_cpp",
+}
+# Works, but plays a text from its arguments: for tests of everything around an engine.
+_UNDOCUMENTED = ("scripted",)
+
+HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
+    "backend": ("auto", "llama_cpp", "scripted"),
+    "model_type": ("llm",),
+    "cache_quant": (None, "FP16", "Q8", "Q4"),
+    "tp": (False,),
+    "speculative": (None, "off"),
+    "draft_model_id": (None,),
+    "draft_model_name": (None,),
+    "draft_gpus": (None,),
+    "draft_cache_size": (None,),
+    "draft_cache_quant": (None,),
+    "num_draft_tokens": (None,),
+    "reserve_vram": (None,),
+    "ttl_seconds": (None,),
+    "pinned": (False,),
+}
+"""The keys of which this version does not honour every value, and the values it does. Others are refused."""
+
+NESTED_KEYS = ("backend_extra_args", "default_sampling")
+"""The keys that hold settings of their own: written with a dot in `-id`, overridden one by one."""
+
+CACHE_PAGE_TOKENS = 256
+MAX_TOKENS = 2**30
+MAX_GPUS = 64
+
+
+def allowed_names(key: str) -> list[str]:
+    """The names that this version honours and documents for a key; [] for keys that hold no names."""
+    honoured = HONOURED_VALUES[key] if key in _ENUMERATIONS else ()
+    return [str(name) for name in honoured if name is not None and name not in _UNDOCUMENTED]
+
+
+def layer_values(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `upper` over those of `lower`; settings inside a nested key are merged one by one."""
+    layered = {**lower, **upper}
+    for key in NESTED_KEYS:
+        below, above = lower.get(key), upper.get(key)
+        if isinstance(below, Mapping) and isinstance(above, Mapping):
+            layered[key] = {**below, **above}
+    return layered
+
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {str(value).lower()}")
+    return value
+
+
+def _split_at_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _check_printable(text: object) -> object:
+    if isinstance(text, str) and (not text.isprintable() or not text or text != text.strip()):
+        raise ValueError("must be printable text without blanks at its ends")
+    return text
+
+
+def _read_gigabytes_per_gpu(value: object) -> object:
+    """`auto`, or gigabytes from "22,22,10,0", from a list, or from one number for one GPU."""
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
+    parts = _split_at_commas(value)
+    parts = list(parts) if isinstance(parts, list | tuple) else [parts]
+    try:
+        gigabytes = tuple(float(_refuse_bool(part)) for part in parts)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        gigabytes = ()
+    in_range = all(math.isfinite(size) and size >= 0 for size in gigabytes)
+    if not 1 <= len(gigabytes) <= MAX_GPUS or not in_range:
+        raise ValueError(f"must be `auto` or gigabytes per GPU as in 22,22,10,0, not {value!r}")
+    return gigabytes
+
+
+def _check_finite(value: object) -> object:
+    """Refuse NaN and infinity at any depth: JSON, which carries the spec to the worker, has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must hold finite numbers only")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_finite(part)
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_check_printable)]
+TextList = Annotated[tuple[Text, ...], BeforeValidator(_split_at_commas)]
+TokenTexts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_split_at_commas)]
+Tokens = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=MAX_TOKENS)]
+Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=MAX_TOKENS)]
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
+Gpus = Annotated[Literal["auto"] | tuple[float, ...], BeforeValidator(_read_gigabytes_per_gpu)]
+ExtraArguments = Annotated[Mapping[str, JsonValue], BeforeValidator(_check_finite)]
+
+
+class ConfigModel(BaseModel):
+    """What all parts of the configuration share: no unknown keys, no change after reading, finite numbers."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        # A settings object in a log must not drag a key along.
+        hide_input_in_errors=True,
+    )
+
+
+class SamplingDefaults(ConfigModel):
+    """How a model samples where a request is silent. The ranges are those of a chat request."""
+
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Count | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+
+    def to_settings(self) -> SamplingSettings:
+        return SamplingSettings(**self.model_dump())
+
+
+class ModelSpec(ConfigModel):
+    """How one model is served. It crosses from the gateway to the worker as JSON.
+
+    Values that this version does not honour are refused, not ignored; see `HONOURED_VALUES`.
+    """
+
+    model_id: Annotated[Text, Field(examples=["/path/to/model.gguf"])]
+    """A GGUF file, a folder that holds exactly one, or the name of a model inside an installed package.
+    A relative path starts at this file's folder. Default: the name above."""
+    model_name: Annotated[Text | None, Field(examples=["my-model"])] = None
+    """The name that clients use. Default: the name above."""
+    aliases: Annotated[TextList, Field(examples=[["gpt-4o-mini"]])] = ()
+    """More names that clients may use."""
+    strict: bool = False
+    """Answer only to its exact name and aliases, even when it is the only model."""
+    backend: Backend = "auto"
+    """The engine. Default: by the kind of file; llama_cpp for GGUF."""
+    model_type: ModelType = "llm"
+    """What the model is for."""
+    gpus: Annotated[Gpus, Field(examples=[[22, 22, 10, 0]])] = "auto"
+    """Gigabytes to use on each GPU, by index; 0 hides a GPU from the model. As a list or as in 22,22,10,0."""
+    max_seq_len: Annotated[Tokens | None, Field(examples=[8192])] = None
+    """Tokens that prompt and answer together may have. Default: the model's own limit."""
+    cache_size: Annotated[Tokens | None, Field(examples=[32768])] = None
+    """Tokens of cache that all running requests share; at least max_seq_len, rounded up to 256.
+    Default: the model's own limit."""
+    cache_quant: Annotated[CacheQuant | None, Field(examples=["Q8"])] = None
+    """How the cache is stored. Default: FP16 with llama_cpp."""
+    max_concurrent_requests: Annotated[Count, Field(ge=1, le=1024)] = 16
+    """Requests that one instance answers at the same time."""
+    queue_limit: Annotated[Count, Field(le=100_000)] = 64
+    """Requests that may wait for one instance; more are refused with status 429."""
+    prompt_template: Text = "auto"
+    """The dialect of the model's prompts and tool calls. `auto` chooses by the model's own template."""
+    eos_token_list: Annotated[TokenTexts, Field(examples=[["<|im_end|>"]])] = ()
+    """More tokens that end an answer, as text."""
+    default_sampling: Annotated[
+        SamplingDefaults, Field(examples=[{"temperature": 0.7, "top_p": 0.95, "top_k": 40}])
+    ] = SamplingDefaults()
+    """How to sample where a request is silent: temperature, top_p, top_k, min_p, repetition_penalty,
+    frequency_penalty, presence_penalty."""
+    backend_extra_args: Annotated[ExtraArguments, Field(examples=[{"n_batch": 512}])] = {}
+    """Arguments for the engine's loader; it refuses those that it does not know."""
+    python: Annotated[Text | None, Field(examples=["/path/to/venv/bin/python"])] = None
+    """The Python interpreter of the worker, for an engine with an environment of its own."""
+    tp: bool = False
+    """Split every layer over all GPUs (tensor parallel)."""
+    speculative: Speculative | None = None
+    """How tokens are guessed ahead. Default: with the draft model when one is named, else off."""
+    draft_model_id: Text | None = None
+    """The model that drafts tokens for this one to check."""
+    draft_model_name: Text | None = None
+    """The draft model's name in logs and status."""
+    draft_gpus: Gpus | None = None
+    """As gpus, for the draft model."""
+    draft_cache_size: Tokens | None = None
+    """As cache_size, for the draft model."""
+    draft_cache_quant: CacheQuant | None = None
+    """As cache_quant, for the draft model."""
+    num_draft_tokens: Annotated[Count, Field(ge=1, le=64)] | None = None
+    """Tokens to draft in one go."""
+    reserve_vram: Annotated[Number, Field(ge=0)] | None = None
+    """Gigabytes to keep free on each GPU."""
+    ttl_seconds: Annotated[Number, Field(ge=0)] | None = None
+    """Unload the model after so many seconds without a request."""
+    pinned: bool = False
+    """Never unload the model to make room for another."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _let_the_type_choose_the_backend(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or str(values.get("model_type")).lower() != "embedding":
+            return values
+        return {"backend": "embedding", **values}
+
+    @field_validator(*_ENUMERATIONS, mode="before")
+    @classmethod
+    def _read_names_in_any_case(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name is not None
+        if value is None and info.field_name not in ("backend", "model_type"):
+            return None
+        names = {name.lower(): name for name in _ENUMERATIONS[info.field_name]}
+        wanted = str(value).lower()
+        if info.field_name == "backend":
+            wanted = _BACKEND_ALIASES.get(wanted, wanted)
+        if wanted not in names:
+            raise ValueError(f"{value!r} is not allowed; {_way_out(info.field_name)}")
+        return names[wanted]
+
+    @field_validator("cache_size")
+    @classmethod
+    def _fit_cache_to_sequences(cls, cache_size: int | None, info: ValidationInfo) -> int | None:
+        if cache_size is None:
+            return None
+        whole_pages = math.ceil(cache_size / CACHE_PAGE_TOKENS) * CACHE_PAGE_TOKENS
+        longest = info.data.get("max_seq_len")
+        if longest is not None and whole_pages < longest:
+            raise ValueError(f"must be at least max_seq_len ({longest}), not {cache_size}")
+        return whole_pages
+
+    @field_validator(*HONOURED_VALUES)
+    @classmethod
+    def _refuse_what_is_not_honoured_yet(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name is not None
+        if value in HONOURED_VALUES[info.field_name]:
+            return value
+        raise ValueError(f"{_as_written(value)} is not in this version yet; {_way_out(info.field_name)}")
+
+
+def _as_written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _way_out(key: str) -> str:
+    names = ", ".join(allowed_names(key))
+    return f"use one of: {names}" if names else f"leave `{key}` out"
