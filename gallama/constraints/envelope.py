@@ -14,7 +14,8 @@ class ToolEnvelope:
 
     where NAME is a tool's name and ARGUMENTS a JSON object. Hermes, for example:
 
-        call_begin='<tool_call>\n{"name": "', name_end='", "arguments": ', call_end='}\n</tool_call>', between='\n'
+        call_begin='<tool_call>\n{"name": "', name_end='", "arguments": ',
+        call_end='}\n</tool_call>', between='\n'
 
     Any part may contain control tokens by name, as in begin="[TOOL_CALLS][". Where the model's vocabulary
     has such a control token, the grammar demands the token, and the parser sees it as a token.
@@ -29,7 +30,7 @@ class ToolEnvelope:
     trigger: str
     """What `begin + call_begin` starts with and free text may not contain: once written, a call has begun."""
     text_before_calls: bool = True
-    """Whether the model may say something in front of its calls; if not, the trigger stands only at the start."""
+    """Whether the model may say something in front of its calls; if not, they stand at the very start."""
     parallel: bool = True
     """Whether the family can write more than one call in an answer."""
     item_separator: str = ", "

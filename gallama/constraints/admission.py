@@ -1,0 +1,252 @@
+"""The door to the constraint engines: what comes through is sound, bounded and enforceable.
+
+Turns what a client asked for into a `ConstraintSpec`, or refuses it with the place and the reason,
+before anything is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from gallama.constraints.envelope import ToolEnvelope
+from gallama.constraints.regexes import normalize_pattern
+from gallama.constraints.specs import (
+    CallableTool,
+    ChoiceSpec,
+    ConstraintSpec,
+    RegexSpec,
+    Schema,
+    SchemaSpec,
+    ToolsSpec,
+)
+from gallama.conversation import Constraint, ToolChoice, ToolSpec
+from gallama.errors import (
+    ConstraintTooComplex,
+    InvalidConstraint,
+    InvalidRequest,
+    UnsupportedConstraint,
+    UnsupportedValue,
+)
+
+MAX_SCHEMA_BYTES = 512 * 1024
+MAX_SCHEMA_DEPTH = 64
+MAX_TOOLS = 512
+MAX_OPTIONS = 50_000
+MAX_OPTIONS_CHARACTERS = 1024 * 1024
+
+_SUBSCHEMA = ("additionalProperties", "additionalItems", "items", "contains", "not", "if", "then", "else",
+              "propertyNames", "unevaluatedProperties", "unevaluatedItems")  # fmt: skip
+_SUBSCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_SUBSCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+# Keywords that narrow the instances and that no grammar here can hold. A keyword that is not part of JSON
+# Schema at all is an annotation, as the standard says.
+_UNENFORCEABLE = frozenset(
+    {"not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames",
+     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems",
+     "$dynamicRef", "$recursiveRef"}
+)  # fmt: skip
+# What the keywords say when they say nothing.
+_NEUTRAL: dict[str, Any] = {
+    "uniqueItems": False,
+    "not": False,
+    "unevaluatedProperties": True,
+    "unevaluatedItems": True,
+    "dependentRequired": {},
+    "dependencies": {},
+    "dependentSchemas": {},
+}
+
+_ENGINE_OVERRIDE = "x-guidance"
+
+
+def admit_constraint(constraint: Constraint) -> ConstraintSpec:
+    """The spec of a constraint on the answer's text.
+
+    Raises:
+        InvalidConstraint, UnsupportedConstraint, ConstraintTooComplex: what is wrong, and where.
+    """
+    source, param, kind = constraint.source, constraint.param, constraint.kind
+    match kind:
+        case "json_object":
+            return SchemaSpec(kind=kind, schema={"type": "object"}, param=param)
+        case "json_schema":
+            return SchemaSpec(kind=kind, schema=admit_schema(source, param=param), param=param)
+        case "regex" | "regex_prefix":
+            pattern = normalize_pattern(source, param=param)
+            return RegexSpec(kind=kind, pattern=pattern, prefix_only=kind == "regex_prefix", param=param)
+        case "choice" | "prefix":
+            options = _admit_options(source, param)
+            return ChoiceSpec(kind=kind, options=options, prefix_only=kind == "prefix", param=param)
+        case _:
+            raise UnsupportedValue(f"`{param}` is not supported yet.", param=param)
+
+
+def admit_tools(
+    tools: Sequence[ToolSpec], choice: ToolChoice, *, parallel: bool, envelope: ToolEnvelope
+) -> ToolsSpec:
+    """The spec of an answer that may or must call tools; `choice.mode` is not "none".
+
+    Raises:
+        InvalidRequest, InvalidConstraint, UnsupportedConstraint, ConstraintTooComplex
+    """
+    if len(tools) > MAX_TOOLS:
+        raise ConstraintTooComplex(f"{len(tools)} tools; {MAX_TOOLS} are allowed.", param="tools")
+    names = [tool.name for tool in tools]
+    for name in choice.allowed or ():
+        if name not in names:
+            raise InvalidRequest(
+                f"`tool_choice` names {name!r}, which is not in `tools`: {', '.join(names)}.",
+                param="tool_choice",
+            )
+    callable_tools = tuple(
+        _admit_tool(tool, index)
+        for index, tool in enumerate(tools)
+        if choice.allowed is None or tool.name in choice.allowed
+    )
+    return ToolsSpec(
+        kind="tools",
+        tools=callable_tools,
+        envelope=envelope,
+        text_allowed=choice.mode == "auto",
+        many_calls=parallel and envelope.parallel,
+    )
+
+
+def _admit_tool(tool: ToolSpec, index: int) -> CallableTool:
+    param = f"tools[{index}].function.parameters"
+    schema = admit_schema(dict(tool.parameters), param=param)
+    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        raise InvalidConstraint(
+            f'`{param}` must be a schema of type "object": arguments are named.', param=param
+        )
+    return CallableTool(name=tool.name, schema={"type": "object", **schema}, param=param)
+
+
+def _admit_options(options: Sequence[str], param: str) -> tuple[str, ...]:
+    if not options:
+        raise InvalidConstraint(f"`{param}` is empty: no answer would do.", param=param)
+    if len(options) > MAX_OPTIONS or sum(map(len, options)) > MAX_OPTIONS_CHARACTERS:
+        raise ConstraintTooComplex(
+            f"`{param}` has {len(options)} strings; {MAX_OPTIONS} with {MAX_OPTIONS_CHARACTERS} characters"
+            " in all are allowed.",
+            param=param,
+        )
+    return tuple(dict.fromkeys(options))
+
+
+def admit_schema(schema: Any, *, param: str) -> Schema:
+    """The schema without what says nothing, when every keyword in it can be held by a grammar.
+
+    Raises:
+        InvalidConstraint: not a schema, or it names something outside itself.
+        UnsupportedConstraint: it has keywords that no grammar holds; each is named with its JSON pointer.
+        ConstraintTooComplex: larger than MAX_SCHEMA_BYTES or deeper than MAX_SCHEMA_DEPTH.
+    """
+    if not isinstance(schema, Mapping | bool):
+        raise InvalidConstraint(f"`{param}` must be a JSON Schema: an object, true or false.", param=param)
+    _refuse_too_large(schema, param)
+    cleaned: Schema = _without_neutral_keywords(schema)
+    unenforceable = []
+    for pointer, subschema in walk_schema(cleaned):
+        _refuse_foreign(pointer, subschema, param)
+        unenforceable += [f"{pointer}/{keyword}" for keyword in subschema if keyword in _UNENFORCEABLE]
+    if unenforceable:
+        keyword = unenforceable[0].rsplit("/", 1)[1]
+        raise UnsupportedConstraint(
+            f"No grammar can hold {_list_of(unenforceable)} of `{param}`; an answer might break it unseen."
+            f" Remove `{keyword}` from the schema and check the answer for it yourself.",
+            param=param,
+        )
+    return cleaned
+
+
+def walk_schema(schema: Any, pointer: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every schema inside a schema, the outer ones first, each with its JSON pointer (RFC 6901)."""
+    if not isinstance(schema, Mapping):
+        return
+    yield pointer, schema
+    for keyword, value in schema.items():
+        here = f"{pointer}/{_escaped(keyword)}"
+        if keyword in _SUBSCHEMA_MAPS and isinstance(value, Mapping):
+            for name, subschema in value.items():
+                yield from walk_schema(subschema, f"{here}/{_escaped(name)}")
+        elif keyword in _SUBSCHEMA_LISTS and isinstance(value, list | tuple):
+            for index, subschema in enumerate(value):
+                yield from walk_schema(subschema, f"{here}/{index}")
+        elif keyword in _SUBSCHEMA:
+            yield from walk_schema(value, here)
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _list_of(pointers: Sequence[str]) -> str:
+    shown = ", ".join(f"`{pointer}`" for pointer in pointers[:8])
+    return shown if len(pointers) <= 8 else f"{shown} and {len(pointers) - 8} more"
+
+
+def _refuse_too_large(schema: Schema, param: str) -> None:
+    try:
+        size = len(msgspec.json.encode(schema))
+        depth = _depth(schema, MAX_SCHEMA_DEPTH)
+    except RecursionError:
+        depth, size = MAX_SCHEMA_DEPTH + 1, 0
+    if size > MAX_SCHEMA_BYTES:
+        raise ConstraintTooComplex(
+            f"`{param}` has {size} bytes; {MAX_SCHEMA_BYTES} are allowed.", param=param
+        )
+    if depth > MAX_SCHEMA_DEPTH:
+        raise ConstraintTooComplex(f"`{param}` is nested deeper than {MAX_SCHEMA_DEPTH} levels.", param=param)
+
+
+def _depth(value: Any, limit: int) -> int:
+    """Levels of nesting, counted no further than one past the limit."""
+    depth, level = 0, [value]
+    while level and depth <= limit:
+        level = [
+            child
+            for item in level
+            if isinstance(item, Mapping | list | tuple)
+            for child in (item.values() if isinstance(item, Mapping) else item)
+        ]
+        depth += 1
+    return depth
+
+
+def _without_neutral_keywords(schema: Any) -> Any:
+    """A copy without keywords whose value asks for nothing, as `"uniqueItems": false`."""
+    if isinstance(schema, list | tuple):
+        return [_without_neutral_keywords(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        keyword: _cleaned(keyword, value)
+        for keyword, value in schema.items()
+        if keyword not in _NEUTRAL or value != _NEUTRAL[keyword]
+    }
+
+
+def _cleaned(keyword: str, value: Any) -> Any:
+    if keyword in _SUBSCHEMA_MAPS and isinstance(value, Mapping):
+        return {name: _without_neutral_keywords(subschema) for name, subschema in value.items()}
+    if keyword in _SUBSCHEMA or keyword in _SUBSCHEMA_LISTS:
+        return _without_neutral_keywords(value)
+    return value  # enum, const, default and the like hold data, not schemas
+
+
+def _refuse_foreign(pointer: str, schema: Mapping[str, Any], param: str) -> None:
+    """Refuse what reaches outside the schema: other documents, and options of the constraint engine."""
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and not reference.startswith("#"):
+        raise InvalidConstraint(
+            f"`{pointer}/$ref` of `{param}` is {reference[:200]!r}. Only references inside the schema (#/...)"
+            " are followed; nothing is fetched.",
+            param=param,
+        )
+    if _ENGINE_OVERRIDE in schema:
+        raise InvalidConstraint(f"`{pointer}/{_ENGINE_OVERRIDE}` of `{param}` is not allowed.", param=param)

@@ -1,0 +1,71 @@
+"""Compiled grammars, shared by all requests of a worker."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from typing import Protocol
+
+from gallama.constraints.specs import ConstraintSpec, cache_key
+from gallama.generation import State
+
+MAX_GRAMMARS = 256
+
+
+class Compiled(Protocol):
+    """A grammar that any number of answers can start from, at once."""
+
+    @property
+    def backend(self) -> str: ...
+
+    def start(self) -> State: ...
+
+
+class Backend(Protocol):
+    """A constraint engine for one vocabulary."""
+
+    def compile(self, spec: ConstraintSpec) -> Compiled: ...
+
+
+class GrammarCache:
+    """The least recently used grammars go first; one compile serves all who ask for it meanwhile.
+
+    Blocks while it compiles: call it from a thread, never from an event loop.
+    """
+
+    def __init__(self, backend: Backend, *, capacity: int = MAX_GRAMMARS) -> None:
+        self._backend = backend
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._grammars: OrderedDict[bytes, Future[Compiled]] = OrderedDict()
+
+    def compile(self, spec: ConstraintSpec) -> Compiled:
+        """The compiled grammar of a spec; raises what `Backend.compile` raises. Failures are not kept."""
+        key = cache_key(spec)
+        future, is_mine = self._reserve(key)
+        if is_mine:
+            self._fill(key, future, spec)
+        return future.result()
+
+    def __len__(self) -> int:
+        return len(self._grammars)
+
+    def _reserve(self, key: bytes) -> tuple[Future[Compiled], bool]:
+        with self._lock:
+            if key in self._grammars:
+                self._grammars.move_to_end(key)
+                return self._grammars[key], False
+            future: Future[Compiled] = Future()
+            self._grammars[key] = future
+            if len(self._grammars) > self._capacity:
+                self._grammars.popitem(last=False)
+            return future, True
+
+    def _fill(self, key: bytes, future: Future[Compiled], spec: ConstraintSpec) -> None:
+        try:
+            future.set_result(self._backend.compile(spec))
+        except BaseException as error:
+            with self._lock:
+                self._grammars.pop(key, None)
+            future.set_exception(error)

@@ -1,0 +1,93 @@
+"""Python's regex syntax to the one that constraint engines read (Rust's), or a clear refusal."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+
+from gallama.errors import ConstraintTooComplex, InvalidConstraint
+
+MAX_PATTERN_CHARACTERS = 8 * 1024
+
+_TOKEN = re.compile(
+    r"""
+      (?P<escape>  \\. )                        # also \A, \Z
+    | (?P<set>     \[ \^? \]? (?: \\. | [^\]\\] )* \] )
+    | (?P<comment> \(\?\# [^)]* \) )
+    | (?P<open>    \( )
+    | (?P<close>   \) )
+    | (?P<upto>    \{,\d+\} )
+    | (?P<bar>     \| )
+    | (?P<other>   . )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def normalize_pattern(pattern: str, *, param: str) -> str:
+    """The same language in Rust's syntax, without the anchors that a whole match makes redundant.
+
+    Raises:
+        InvalidConstraint: not a regular expression, with the position.
+        ConstraintTooComplex: longer than MAX_PATTERN_CHARACTERS.
+    """
+    if len(pattern) > MAX_PATTERN_CHARACTERS:
+        raise ConstraintTooComplex(
+            f"The pattern in `{param}` has {len(pattern)} characters; {MAX_PATTERN_CHARACTERS} are allowed.",
+            param=param,
+        )
+    _refuse_malformed(pattern, param)
+    branches = [_without_outer_anchors(branch) for branch in _branches(pattern)]
+    return "|".join(_to_rust(branch) for branch in branches)
+
+
+def _refuse_malformed(pattern: str, param: str) -> None:
+    """Python's own parser gives the best words, and catches sets that mean something else in Rust."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            re.compile(pattern)
+    except re.error as error:
+        where = f" at position {error.pos}" if error.pos is not None else ""
+        raise InvalidConstraint(
+            f"`{param}` is not a regular expression: {error.msg}{where}.", param=param
+        ) from error
+    except Warning as warning:
+        raise InvalidConstraint(
+            f"`{param}` is ambiguous: {warning}. Escape the brackets or operators inside the set.",
+            param=param,
+        ) from warning
+    except (RecursionError, OverflowError) as error:
+        raise ConstraintTooComplex(f"`{param}` is nested or repeated too much.", param=param) from error
+
+
+def _tokens(pattern: str) -> Iterator[tuple[str, str]]:
+    for match in _TOKEN.finditer(pattern):
+        yield match.lastgroup or "", match.group()
+
+
+def _branches(pattern: str) -> list[list[tuple[str, str]]]:
+    """The alternatives at the top level, as tokens."""
+    branches: list[list[tuple[str, str]]] = [[]]
+    depth = 0
+    for kind, text in _tokens(pattern):
+        depth += (kind == "open") - (kind == "close")
+        if kind == "bar" and depth == 0:
+            branches.append([])
+        elif kind != "comment":
+            branches[-1].append((kind, text))
+    return branches
+
+
+def _without_outer_anchors(branch: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    start, end = 0, len(branch)
+    while start < end and branch[start][1] in ("^", r"\A"):
+        start += 1
+    while start < end and branch[end - 1][1] in ("$", r"\Z"):
+        end -= 1
+    return branch[start:end]
+
+
+def _to_rust(branch: list[tuple[str, str]]) -> str:
+    return "".join("{0," + text[2:] if kind == "upto" else text for kind, text in branch)

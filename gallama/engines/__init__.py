@@ -1,0 +1,33 @@
+"""The engines by name. Each is imported when a model asks for it: its libraries may be missing or clash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gallama.config import ModelSpec
+from gallama.errors import MissingExtra
+from gallama.generation import Engine
+
+Loader = Callable[[ModelSpec, Path], Engine]
+
+
+def _load_llama_cpp(spec: ModelSpec, path: Path) -> Engine:
+    try:
+        from gallama.engines import llama_cpp
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("llama_cpp"):
+            raise
+        raise MissingExtra(
+            "The llama_cpp backend needs llama-cpp-python: pip install 'gallama[llama-cpp]'."
+        ) from error
+    return llama_cpp.load(spec, path)
+
+
+def _load_scripted(spec: ModelSpec, path: Path) -> Engine:
+    from gallama.engines import scripted
+
+    return scripted.load(spec, path)
+
+
+ENGINES: dict[str, Loader] = {"llama_cpp": _load_llama_cpp, "scripted": _load_scripted}

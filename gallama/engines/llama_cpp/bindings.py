@@ -1,0 +1,413 @@
+"""The only code that touches llama.cpp's C API: models, contexts, batches, sampler chains as objects.
+
+Everything here is thin: sizes, pointers and return codes in, arrays and errors out. Decisions are made
+elsewhere. A `NativeContext` belongs to one thread; a `NativeModel` may be shared.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+from numpy.typing import NDArray
+
+from gallama.errors import InvalidConfig, ModelLoadFailed
+from gallama.generation import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+CACHE_TYPES = {"FP16": lib.GGML_TYPE_F16, "Q8": lib.GGML_TYPE_Q8_0, "Q4": lib.GGML_TYPE_Q4_0}
+
+_TOKEN_TEXT_BYTES = 1024
+_NO_TEXT = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_UNUSED
+_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+_GGML_LOG_CONTINUED = 5
+
+
+class KvCacheFull(Exception):
+    """The batch does not fit the KV cache; nothing was computed."""
+
+
+class DecodeFailed(Exception):
+    """llama.cpp could not compute a batch; the KV cache is not to be trusted any more."""
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _forward_log(level: int, text: bytes, _: object) -> None:
+    """llama.cpp's own log lines; what it says at level "info" is for its developers."""
+    if level != _GGML_LOG_CONTINUED and (line := text.decode(errors="replace").strip()):
+        logger.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
+
+
+def initialize() -> None:
+    """Prepare llama.cpp once per process."""
+    lib.llama_log_set(_forward_log, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+
+
+def supports_gpus() -> bool:
+    """Whether this build of llama.cpp can use a GPU."""
+    return bool(lib.llama_supports_gpu_offload())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    gpu_layers: int
+    """Layers on the GPU; -1: all."""
+    gpu_split: tuple[float, ...] = ()
+    """Share of the model on each visible GPU, in any unit."""
+    main_gpu: int = 0
+    use_mmap: bool = True
+    use_mlock: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextOptions:
+    cells: int
+    """Tokens that the KV cache holds, over all sequences."""
+    sequences: int
+    """Sequences that may be in the cache at once."""
+    batch_tokens: int
+    micro_batch_tokens: int
+    threads: int
+    batch_threads: int
+    cache_type: int
+    flash_attention: bool
+    offload_kv: bool
+    rope_freq_base: float
+    rope_freq_scale: float
+
+
+class NativeModel:
+    """A loaded GGUF model."""
+
+    def __init__(self, path: Path, options: ModelOptions) -> None:
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = options.gpu_layers
+        params.main_gpu = options.main_gpu
+        params.load_mode = _load_mode(options)
+        split = (ctypes.c_float * max(lib.llama_max_devices(), 1))(*options.gpu_split)
+        if options.gpu_split:
+            params.tensor_split = split
+        self._pointer = lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self._pointer:
+            raise ModelLoadFailed(f"llama.cpp could not load {path}; its log lines say why.")
+        self._vocab = lib.llama_model_get_vocab(self._pointer)
+        self.vocabulary_size: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.trained_context_length: int = lib.llama_model_n_ctx_train(self._pointer)
+        self.chat_template = (lib.llama_model_chat_template(self._pointer, None) or b"").decode()
+        self.can_forget_partly = not (
+            lib.llama_model_is_recurrent(self._pointer) or lib.llama_model_is_hybrid(self._pointer)
+        )
+        """Whether the end of a sequence can be dropped: not so where a state sums up all that was read."""
+
+    @property
+    def pointer(self) -> Any:
+        return self._pointer
+
+    def tokenize(self, text: bytes, *, parse_control_tokens: bool) -> list[int]:
+        """Token ids of a text, with nothing added in front."""
+        room = len(text) + 8
+        tokens = (ctypes.c_int32 * room)()
+        count = lib.llama_tokenize(self._vocab, text, len(text), tokens, room, False, parse_control_tokens)
+        assert count >= 0, "a text never has more tokens than bytes"
+        return list(tokens[:count])
+
+    def read_vocabulary(self, extra_end_tokens: Sequence[str]) -> Vocabulary:
+        """The tokens as bytes, with the control tokens by name.
+
+        Raises:
+            InvalidConfig: an extra end token is not a token of this model.
+        """
+        attributes = [lib.llama_vocab_get_attr(self._vocab, token) for token in range(self.vocabulary_size)]
+        texts = [self._token_text(token) for token in range(self.vocabulary_size)]
+        control = {
+            texts[token].decode(errors="replace"): token
+            for token, attribute in enumerate(attributes)
+            if attribute & lib.LLAMA_TOKEN_ATTR_CONTROL and texts[token]
+        }
+        ends = {token for token in range(self.vocabulary_size) if lib.llama_vocab_is_eog(self._vocab, token)}
+        ends |= {self._end_token(text) for text in extra_end_tokens}
+        plain = tuple(
+            b"" if attribute & _NO_TEXT or token in ends else text
+            for token, (attribute, text) in enumerate(zip(attributes, texts, strict=True))
+        )
+        return Vocabulary(
+            tokens=plain,
+            control_tokens=control,
+            end_token_ids=frozenset(ends),
+            end_token_id=self._preferred_end(ends),
+            start_token_id=self._start_token(),
+            encode=self._encoder(),
+            fingerprint=hashlib.sha256(b"\0".join(texts)).hexdigest(),
+        )
+
+    def close(self) -> None:
+        lib.llama_model_free(self._pointer)
+
+    def _token_text(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(_TOKEN_TEXT_BYTES)
+        length = lib.llama_token_to_piece(self._vocab, token, buffer, _TOKEN_TEXT_BYTES, 0, True)
+        if length < 0:
+            buffer = ctypes.create_string_buffer(-length)
+            length = lib.llama_token_to_piece(self._vocab, token, buffer, -length, 0, True)
+        return buffer.raw[:length]
+
+    def _end_token(self, text: str) -> int:
+        tokens = self.tokenize(text.encode(), parse_control_tokens=True)
+        if len(tokens) != 1:
+            raise InvalidConfig(f"`eos_token_list` has {text!r}, which is not one token of this model.")
+        return tokens[0]
+
+    def _preferred_end(self, ends: set[int]) -> int:
+        candidates = (lib.llama_vocab_eot(self._vocab), lib.llama_vocab_eos(self._vocab), *sorted(ends))
+        for token in candidates:
+            if token in ends:
+                return int(token)
+        raise ModelLoadFailed("The model has no token that ends an answer; name one in `eos_token_list`.")
+
+    def _start_token(self) -> int | None:
+        if not lib.llama_vocab_get_add_bos(self._vocab):
+            return None
+        return int(lib.llama_vocab_bos(self._vocab))
+
+    def _encoder(self) -> Any:
+        """Tokenization of text from the middle of an answer.
+
+        Some models' tokenizers put a blank in front of every text; a newline takes it, and is dropped again.
+        """
+        newline = self.tokenize(b"\n", parse_control_tokens=False)
+        adds_blank = len(newline) > 1
+
+        def encode(text: bytes) -> list[int]:
+            if not adds_blank:
+                return self.tokenize(text, parse_control_tokens=False)
+            return self.tokenize(b"\n" + text, parse_control_tokens=False)[len(newline) :]
+
+        return encode
+
+
+def _load_mode(options: ModelOptions) -> int:
+    if options.use_mmap and options.use_mlock:
+        return int(lib.LLAMA_LOAD_MODE_MMAP_MLOCK)
+    if options.use_mlock:
+        return int(lib.LLAMA_LOAD_MODE_MLOCK)
+    return int(lib.LLAMA_LOAD_MODE_MMAP if options.use_mmap else lib.LLAMA_LOAD_MODE_NONE)
+
+
+class NativeContext:
+    """A model's KV cache and compute buffers, with one reusable batch."""
+
+    def __init__(self, model: NativeModel, options: ContextOptions) -> None:
+        self._model = model
+        params = _context_params(options)
+        self._pointer = lib.llama_init_from_model(model.pointer, params)
+        if not self._pointer:
+            raise ModelLoadFailed(
+                f"llama.cpp could not make a context of {options.cells} tokens; there may be too little"
+                " memory. Set a smaller `cache_size`."
+            )
+        self._memory = lib.llama_get_memory(self._pointer)
+        self.cells: int = lib.llama_n_ctx(self._pointer)
+        self._batch = _Batch(options.batch_tokens)
+
+    def decode(self, sequences: NDArray[np.int32], positions: NDArray[np.int32], tokens: NDArray[np.int32],
+               wants_logits: NDArray[np.int8]) -> None:  # fmt: skip
+        """Compute one batch: four arrays of one entry per token.
+
+        Raises:
+            KvCacheFull: there is no room; nothing has changed.
+            DecodeFailed: the computation broke.
+        """
+        code = lib.llama_decode(self._pointer, self._batch.fill(sequences, positions, tokens, wants_logits))
+        if code == 1:
+            raise KvCacheFull
+        if code != 0:
+            raise DecodeFailed(f"llama_decode returned {code}")
+
+    def logits(self, batch_index: int) -> NDArray[np.float32]:
+        """The logits of one token of the last batch, shape (vocabulary size,), until the next decode."""
+        row = lib.llama_get_logits_ith(self._pointer, batch_index)
+        return np.ctypeslib.as_array(row, shape=(self._model.vocabulary_size,))
+
+    def forget(self, sequence: int, from_position: int) -> None:
+        """Drop a sequence's tokens from a position on."""
+        removed = lib.llama_memory_seq_rm(self._memory, sequence, from_position, -1)
+        assert removed, "only models that can forget partly are asked to"
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let `target`, which is empty, share the first `length` tokens of `source`."""
+        lib.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def warm_up(self, token: int) -> None:
+        """Compute one token and forget it."""
+        zero = np.zeros(1, dtype=np.int32)
+        self.decode(zero, zero, np.array([token], dtype=np.int32), np.ones(1, dtype=np.int8))
+        self.clear()
+
+    def clear(self) -> None:
+        lib.llama_memory_clear(self._memory, True)
+
+    def close(self) -> None:
+        lib.llama_free(self._pointer)
+
+
+def _context_params(options: ContextOptions) -> Any:
+    params = lib.llama_context_default_params()
+    params.n_ctx = options.cells
+    params.n_seq_max = options.sequences
+    params.n_outputs_max = options.sequences  # one token of each asks for logits, at most
+    params.n_batch = options.batch_tokens
+    params.n_ubatch = options.micro_batch_tokens
+    params.n_threads = options.threads
+    params.n_threads_batch = options.batch_threads
+    params.type_k = options.cache_type
+    params.type_v = options.cache_type
+    params.flash_attn_type = int(options.flash_attention)
+    params.offload_kqv = options.offload_kv
+    params.rope_freq_base = options.rope_freq_base
+    params.rope_freq_scale = options.rope_freq_scale
+    # One pool of cells for all sequences: a long one may use what short ones leave, and shared
+    # prefixes are shared cells.
+    params.kv_unified = True
+    params.no_perf = True
+    return params
+
+
+class _Batch:
+    """A llama_batch over arrays that are made once."""
+
+    def __init__(self, capacity: int) -> None:
+        self._tokens = np.zeros(capacity, dtype=np.int32)
+        self._positions = np.zeros(capacity, dtype=np.int32)
+        self._sequences = np.zeros(capacity, dtype=np.int32)
+        self._wants_logits = np.zeros(capacity, dtype=np.int8)
+        one_sequence_each = np.ones(capacity, dtype=np.int32)
+        addresses = self._sequences.ctypes.data + 4 * np.arange(capacity, dtype=np.uintp)
+        self._kept_alive = (one_sequence_each, addresses)
+        self._native = lib.llama_batch(
+            n_tokens=0,
+            token=_pointer_to(self._tokens, ctypes.c_int32),
+            pos=_pointer_to(self._positions, ctypes.c_int32),
+            n_seq_id=_pointer_to(one_sequence_each, ctypes.c_int32),
+            seq_id=_pointer_to(addresses, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer_to(self._wants_logits, ctypes.c_int8),
+        )
+
+    def fill(self, sequences: NDArray[np.int32], positions: NDArray[np.int32], tokens: NDArray[np.int32],
+             wants_logits: NDArray[np.int8]) -> Any:  # fmt: skip
+        count = len(tokens)
+        self._tokens[:count] = tokens
+        self._positions[:count] = positions
+        self._sequences[:count] = sequences
+        self._wants_logits[:count] = wants_logits
+        self._native.n_tokens = count
+        return self._native
+
+
+def _pointer_to(array: NDArray[Any], item: Any) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(item))
+
+
+class SamplerChain:
+    """llama.cpp's samplers, applied in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._pointer = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+
+    def add(self, sampler: Any) -> None:
+        lib.llama_sampler_chain_add(self._pointer, sampler)
+
+    def accept(self, token: int) -> None:
+        """Tell the samplers which token was taken; penalties count them."""
+        lib.llama_sampler_accept(self._pointer, token)
+
+    def pick(self, candidates: Candidates) -> int:
+        """Let the samplers choose one of the candidates."""
+        data = candidates.native()
+        lib.llama_sampler_apply(self._pointer, ctypes.byref(data))
+        assert 0 <= data.selected < data.size, "the chain's last sampler selects"
+        return int(data.data[data.selected].id)
+
+    def close(self) -> None:
+        lib.llama_sampler_free(self._pointer)
+
+
+class Candidates:
+    """Tokens and their logits as llama.cpp's samplers take them. Reusable."""
+
+    def __init__(self, vocabulary_size: int) -> None:
+        fields = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        self._rows = np.zeros(vocabulary_size, dtype=fields)
+        self._all_ids = np.arange(vocabulary_size, dtype=np.int32)
+        self._count = 0
+
+    def set_all(self, logits: NDArray[np.float32]) -> None:
+        """Offer the whole vocabulary."""
+        self._set(self._all_ids, logits)
+
+    def set_some(self, token_ids: NDArray[np.integer[Any]], logits: NDArray[np.float32]) -> None:
+        """Offer only these tokens, given the logits of the whole vocabulary."""
+        self._set(token_ids, logits[token_ids])
+
+    def _set(self, token_ids: NDArray[np.integer[Any]], logits: NDArray[np.float32]) -> None:
+        self._count = len(token_ids)
+        self._rows["id"][: self._count] = token_ids
+        self._rows["logit"][: self._count] = logits
+
+    def native(self) -> Any:
+        data = _pointer_to(self._rows, lib.llama_token_data)
+        return lib.llama_token_data_array(data=data, size=self._count, selected=-1, sorted=False)
+
+
+def make_penalties(
+    vocabulary_size: int,
+    *,
+    last_tokens: int,
+    repetition: float = 1.0,
+    frequency: float = 0.0,
+    presence: float = 0.0,
+) -> Any:
+    return lib.llama_sampler_init_penalties(vocabulary_size, last_tokens, repetition, frequency, presence)
+
+
+def accept_into(sampler: Any, tokens: Sequence[int]) -> None:
+    """Let one sampler, not yet in a chain, know of tokens before the answer."""
+    for token in tokens:
+        lib.llama_sampler_accept(sampler, token)
+
+
+def make_logit_bias(vocabulary_size: int, biases: dict[int, float]) -> Any:
+    entries = (lib.llama_logit_bias * len(biases))(*biases.items())
+    return lib.llama_sampler_init_logit_bias(vocabulary_size, len(biases), entries)
+
+
+def make_top_k(count: int) -> Any:
+    return lib.llama_sampler_init_top_k(count)
+
+
+def make_top_p(probability: float) -> Any:
+    return lib.llama_sampler_init_top_p(probability, 1)
+
+
+def make_min_p(probability: float) -> Any:
+    return lib.llama_sampler_init_min_p(probability, 1)
+
+
+def make_temperature(temperature: float) -> Any:
+    return lib.llama_sampler_init_temp(temperature)
+
+
+def make_distribution(seed: int) -> Any:
+    return lib.llama_sampler_init_dist(seed)
+
+
+def make_greedy() -> Any:
+    return lib.llama_sampler_init_greedy()

@@ -1,0 +1,372 @@
+"""One thread, one context, many sequences: each step computes one batch for all of them.
+
+A slot's tokens are those of its prompt and answer so far; what of them is not yet in the KV cache is
+pending. Reading a prompt, appending a sampled token, appending a run that the grammar forced and coming
+back after the cache was full are all the same thing: pending tokens go into the next batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gallama.engines.llama_cpp.bindings import Candidates, DecodeFailed, KvCacheFull
+from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
+from gallama.engines.llama_cpp.sampling import Sampler, log_probabilities
+from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
+from gallama.generation import EndReason, EngineStatus, GenerationEnd, GenerationRequest, TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+# While others write, a prompt is read in pieces of this many tokens, so that none of them stands still.
+PROMPT_TOKENS_BESIDE_WRITERS = 128
+
+# A prompt waits for one that is being read if it can then take over this many tokens more than now.
+WORTH_WAITING_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TokensAdded:
+    """What one step added to a sequence."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+Update = TokensAdded | GenerationEnd | GallamaError
+
+
+class Sink(Protocol):
+    """Takes a step's updates for all jobs at once; called from the scheduler's thread."""
+
+    def __call__(self, updates: Sequence[tuple[Job, Update]]) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request as the scheduler sees it. `cancelled` may be set from any thread."""
+
+    request: GenerationRequest
+    cancelled: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A job that has a sequence of its own."""
+
+    job: Job
+    sequence: CachedSequence
+    sampler: Sampler
+    token_ids: list[int]
+    prompt_length: int
+    cached_prompt_tokens: int
+    sampled_tokens: int = 0
+    forced_tokens: int = 0
+    has_ended: bool = False
+
+    @property
+    def pending_count(self) -> int:
+        return len(self.token_ids) - len(self.sequence.token_ids)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether it still reads its prompt, so that nobody waits for its next token yet."""
+        return (
+            self.sampled_tokens + self.forced_tokens == 0 or self.pending_count > PROMPT_TOKENS_BESIDE_WRITERS
+        )
+
+    @property
+    def room(self) -> int:
+        """Tokens that the answer may still grow by."""
+        return self.job.request.max_tokens - (len(self.token_ids) - self.prompt_length)
+
+    def end(self, reason: EndReason) -> GenerationEnd:
+        return GenerationEnd(
+            reason=reason,
+            cached_prompt_tokens=self.cached_prompt_tokens,
+            sampled_tokens=self.sampled_tokens,
+            forced_tokens=self.forced_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOptions:
+    slots: int
+    batch_tokens: int
+    vocabulary_size: int
+    context_length: int
+    end_token_ids: frozenset[int]
+
+
+class Scheduler:
+    """Runs jobs until they end, side by side. Its public methods may be called from any thread."""
+
+    def __init__(self, cache: SequenceCache, options: SchedulerOptions, sink: Sink) -> None:
+        self._cache = cache
+        self._options = options
+        self._sink = sink
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._slots: list[_Slot] = []
+        self._preempted: deque[_Slot] = deque()
+        self._room_was_freed = False
+        self._updates: list[tuple[Job, Update]] = []
+        self._candidates = Candidates(options.vocabulary_size)
+        self._mask = np.zeros((options.vocabulary_size + 31) // 32, dtype=np.int32)
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="llama-scheduler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        self._inbox.put(job)
+
+    def cancel(self, job: Job) -> None:
+        """End a job; its slot is free at the next step."""
+        job.cancelled = True
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            busy_slots=len(self._slots) + len(self._preempted),
+            waiting=len(self._waiting) + self._inbox.qsize(),
+            cached_tokens=self._cache.cached_tokens,
+        )
+
+    def close(self) -> None:
+        """End after the step at hand; jobs under way end in an error."""
+        self._is_closing = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_closing:
+            try:
+                self._receive()
+                self._drop_cancelled()
+                self._admit()
+                self._step()
+            except BaseException:  # this thread must outlive every bug: nobody would answer any more
+                logger.exception("a step broke; %d answers are lost", len(self._slots))
+                self._start_over(GallamaError("The answer could not be generated any further."))
+            self._publish()
+        self._fail_all(WorkerUnavailable("The model is being unloaded."))
+        self._publish()
+
+    def _receive(self) -> None:
+        """Take new jobs; with nothing to do, sleep until one comes."""
+        may_sleep = not self._slots and not self._waiting and not self._preempted
+        while True:
+            try:
+                job = self._inbox.get(block=may_sleep)
+            except queue.Empty:
+                return
+            may_sleep = False
+            if job is not None:
+                self._waiting.append(job)
+            if self._is_closing:
+                return
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        for slot in [slot for slot in (*self._slots, *self._preempted) if slot.job.cancelled]:
+            self._free(slot)
+
+    def _admit(self) -> None:
+        """Give waiting jobs a slot each, in order; one that gains by it waits for another's prompt."""
+        if self._preempted and (self._room_was_freed or not self._slots):
+            self._resume(self._preempted.popleft())
+        if self._preempted:
+            return  # the cache is full
+        held_back: list[Job] = []
+        while self._waiting and len(self._slots) < self._options.slots:
+            job = self._waiting.popleft()
+            if self._gains_by_waiting(job):
+                held_back.append(job)
+            else:
+                self._start_job(job)
+        self._waiting.extendleft(reversed(held_back))
+
+    def _gains_by_waiting(self, job: Job) -> bool:
+        if _must_repeat(job.request):
+            return False
+        prompt = list(job.request.prompt_token_ids)
+        soon = max(
+            (common_prefix(slot.token_ids, prompt) for slot in self._slots if slot.is_reading), default=0
+        )
+        return soon >= self._cache.shared_tokens(prompt) + WORTH_WAITING_TOKENS
+
+    def _start_job(self, job: Job) -> None:
+        prompt = list(job.request.prompt_token_ids)
+        sequence = self._cache.acquire(prompt, reuse=not _must_repeat(job.request))
+        sampler = Sampler(
+            job.request.sampling,
+            vocabulary_size=self._options.vocabulary_size,
+            context_length=self._options.context_length,
+            prompt_token_ids=prompt,
+            candidates=self._candidates,
+        )
+        slot = _Slot(
+            job=job,
+            sequence=sequence,
+            sampler=sampler,
+            token_ids=prompt,
+            prompt_length=len(prompt),
+            cached_prompt_tokens=len(sequence.token_ids),
+        )
+        self._slots.append(slot)
+        self._guard(slot, lambda: self._append_forced(slot))
+
+    def _step(self) -> None:
+        """Compute one batch and choose a token for each slot whose pending tokens are all in it."""
+        parts = self._plan()
+        if not parts:
+            return
+        try:
+            logits = self._cache.decode([part for _, part in parts])
+        except KvCacheFull:
+            self._preempt_youngest()
+            return
+        except DecodeFailed:
+            logger.exception("a batch failed; %d answers are lost", len(self._slots))
+            self._start_over(GallamaError("The model could not be computed any further."))
+            return
+        for (slot, _), row in zip(parts, logits, strict=True):
+            if row is not None:
+                self._guard(slot, lambda slot=slot, row=row: self._choose(slot, row))  # type: ignore[misc]
+
+    def _plan(self) -> list[tuple[_Slot, BatchPart]]:
+        """Who gets how much of the next batch: writers all they need, then readers, in order."""
+        budget = self._options.batch_tokens
+        writers = [slot for slot in self._slots if not slot.is_reading]
+        readers = [slot for slot in self._slots if slot.is_reading]
+        parts = []
+        for slot in writers:
+            parts.append((slot, _next_part(slot, budget)))
+            budget -= len(parts[-1][1].token_ids)
+        if writers:
+            budget = min(budget, PROMPT_TOKENS_BESIDE_WRITERS)
+        for slot in readers:
+            parts.append((slot, _next_part(slot, budget)))
+            budget -= len(parts[-1][1].token_ids)
+        return [(slot, part) for slot, part in parts if part.token_ids]
+
+    def _choose(self, slot: _Slot, logits: NDArray[np.float32]) -> None:
+        state = slot.job.request.state
+        mask = self._mask if state is not None and state.mask(self._mask) else None
+        token = slot.sampler.sample(logits, mask)
+        if token in self._options.end_token_ids:
+            self._finish(slot, slot.end("stop"))
+            return
+        if state is not None and state.advance([token]) != 1:
+            raise ConstraintFailed("The grammar refused a token that it had allowed.")
+        slot.sampled_tokens += 1
+        wanted = slot.job.request.logprobs
+        self._extend(slot, [token], () if wanted is None else (log_probabilities(logits, token, wanted),))
+        if not slot.has_ended:
+            self._append_forced(slot)
+
+    def _append_forced(self, slot: _Slot) -> None:
+        """Take what the grammar leaves no choice about: it needs no sampling, only a place in the batch."""
+        state = slot.job.request.state
+        if state is None or slot.job.request.logprobs is not None:
+            return
+        forced = state.forced()[: slot.room]
+        if not forced:
+            return
+        taken = state.advance(forced)
+        assert taken == len(forced), "a grammar takes what it forces"
+        slot.forced_tokens += taken
+        self._extend(slot, forced, ())
+
+    def _extend(self, slot: _Slot, token_ids: Sequence[int], logprobs: tuple[TokenLogprob, ...]) -> None:
+        """Add tokens to the answer, and end it where the grammar or a limit does."""
+        slot.token_ids += token_ids
+        slot.sampler.accept(token_ids)
+        self._updates.append((slot.job, TokensAdded(tuple(token_ids), logprobs)))
+        state = slot.job.request.state
+        if state is not None and state.status == "must_end":
+            self._finish(slot, slot.end("stop"))
+        elif slot.room <= 0:
+            self._finish(slot, slot.end("length"))
+
+    def _finish(self, slot: _Slot, update: Update) -> None:
+        self._updates.append((slot.job, update))
+        self._free(slot)
+
+    def _free(self, slot: _Slot) -> None:
+        slot.has_ended = True
+        slot.sampler.close()
+        if slot in self._preempted:
+            self._preempted.remove(slot)
+            return
+        self._slots.remove(slot)
+        self._cache.release(slot.sequence)
+        self._room_was_freed = True
+
+    def _preempt_youngest(self) -> None:
+        """The cache is full of busy sequences: the last to start waits, and goes on when there is room."""
+        youngest = self._slots[-1]
+        if len(self._slots) == 1:
+            self._finish(
+                youngest, GallamaError("The KV cache is too small for this request; raise `cache_size`.")
+            )
+            return
+        self._slots.remove(youngest)
+        self._cache.discard(youngest.sequence)
+        self._preempted.append(youngest)
+        self._room_was_freed = False
+
+    def _resume(self, slot: _Slot) -> None:
+        slot.sequence = self._cache.acquire(slot.token_ids)
+        self._slots.append(slot)
+
+    def _guard(self, slot: _Slot, action: Callable[[], None]) -> None:
+        """Keep one job's error from the others. Rust panics are BaseExceptions, too."""
+        try:
+            action()
+        except GallamaError as error:
+            self._finish(slot, error)
+        except BaseException:
+            logger.exception("an answer broke")
+            self._finish(slot, GallamaError("The answer could not be generated any further."))
+
+    def _fail_all(self, error: GallamaError) -> None:
+        for slot in (*self._slots, *self._preempted):
+            self._finish(slot, error)
+        if self._is_closing:
+            self._updates += [(job, error) for job in self._waiting]
+
+    def _start_over(self, error: GallamaError) -> None:
+        """Give up what is under way, and the cache with it; what waits is not touched."""
+        self._fail_all(error)
+        self._cache.discard_all()
+
+    def _publish(self) -> None:
+        if self._updates:
+            updates, self._updates = self._updates, []
+            self._sink(updates)
+
+
+def _must_repeat(request: GenerationRequest) -> bool:
+    """Whether the client wants the same answer again, by its seed.
+
+    What is computed in another batch differs in the last bits, enough to tip a sampled token now and then.
+    So a prompt with a seed is computed as a whole each time.
+    """
+    return request.sampling.seed is not None and request.sampling.temperature != 0
+
+
+def _next_part(slot: _Slot, budget: int) -> BatchPart:
+    start = len(slot.sequence.token_ids)
+    token_ids = slot.token_ids[start : start + budget]
+    is_last = start + len(token_ids) == len(slot.token_ids)
+    return BatchPart(slot.sequence, token_ids, wants_logits=is_last)
