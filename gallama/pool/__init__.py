@@ -1,0 +1,1 @@
+"""Workers from the gateway's side: started, watched, picked, and asked."""

@@ -1,0 +1,231 @@
+"""Workers as processes of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import gallama
+from gallama.catalog import ResolvedModel
+from gallama.errors import ModelLoadFailed, ReportedError
+from gallama.wire import LoadFailed, Loading, Ready, WorkerOrder, WorkerReport
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 3.0
+"""How long a worker may take to end by itself, and then after SIGTERM, before it is killed."""
+
+_KEPT_LOG_LINES = 40
+_MAX_LINE_BYTES = 16 * 1024
+_LAST_OUTPUT_SECONDS = 0.5
+# The kernel's limit is 108 bytes on Linux and 104 on macOS, the end mark included.
+_MAX_SOCKET_PATH_BYTES = 100
+_REPORTS: msgspec.json.Decoder[WorkerReport] = msgspec.json.Decoder(WorkerReport)
+
+
+class LocalLauncher:
+    """Starts `python -m gallama.worker`, with the spec's own interpreter where it names one."""
+
+    async def launch(self, model: ResolvedModel) -> LocalWorker:
+        directory = tempfile.mkdtemp(prefix="gallama-")
+        order = WorkerOrder(
+            model_name=model.name,
+            model_path=str(model.path),
+            spec=model.spec.model_dump_json(),
+            address=_choose_address(directory),
+            secret=secrets.token_hex(32),
+            log_level=logger.getEffectiveLevel(),
+        )
+        python = model.spec.python or sys.executable
+        try:
+            _, process = await asyncio.get_running_loop().subprocess_exec(
+                lambda: _WorkerProcess(model.name),
+                *(python, "-P", "-m", "gallama.worker"),
+                env=_worker_environment(own_interpreter=model.spec.python is not None),
+                # Ctrl-C in a terminal must not end the workers before the gateway has let their streams end.
+                start_new_session=True,
+            )
+        except OSError as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise ModelLoadFailed(f"{model.name}: cannot start {python!r}: {error.strerror}.") from error
+        process.give_order(order)
+        return LocalWorker(model.name, process, order.secret, directory)
+
+
+class LocalWorker:
+    """A worker process of this machine."""
+
+    def __init__(self, model_name: str, process: _WorkerProcess, secret: str, directory: str) -> None:
+        self.secret = secret
+        self._model_name = model_name
+        self._process = process
+        self._directory = directory
+
+    @property
+    def process_id(self) -> int:
+        return self._process.process_id
+
+    async def ready(self) -> Ready:
+        ends: set[asyncio.Future[Any]] = {self._process.report, self._process.exit}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not self._process.report.done():
+            raise ModelLoadFailed(self._why_it_ended_early(self._process.exit.result()))
+        report = self._process.report.result()
+        if isinstance(report, LoadFailed):
+            raise ReportedError(report.error)
+        return report
+
+    async def exited(self) -> str:
+        return await asyncio.shield(self._process.exit)
+
+    async def stop(self) -> None:
+        for end in (self._process.close_input, self._process.terminate, self._process.kill):
+            if self._process.exit.done():
+                break
+            end()
+            await asyncio.wait({self._process.exit}, timeout=STOP_SECONDS)
+        self._process.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _why_it_ended_early(self, how: str) -> str:
+        last_words = "\n".join(self._process.last_lines)
+        return f"{self._model_name}: the worker {how} before its model was loaded. {last_words}".strip()
+
+
+class _WorkerProcess(asyncio.SubprocessProtocol):
+    """Takes apart what a worker process says: reports on its output, log lines on its error output."""
+
+    def __init__(self, model_name: str) -> None:
+        loop = asyncio.get_running_loop()
+        self.report: asyncio.Future[Ready | LoadFailed] = loop.create_future()
+        self.exit: asyncio.Future[str] = loop.create_future()
+        self.last_lines: deque[str] = deque(maxlen=_KEPT_LOG_LINES)
+        self._model_name = model_name
+        self._transport: asyncio.SubprocessTransport | None = None
+        self._open_outputs = {1, 2}
+        self._unfinished = {1: b"", 2: b""}
+
+    @property
+    def process_id(self) -> int:
+        return self._running_transport().get_pid()
+
+    def give_order(self, order: WorkerOrder) -> None:
+        self._input().write(msgspec.json.encode(order) + b"\n")
+
+    def close_input(self) -> None:
+        self._input().close()
+
+    def terminate(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._running_transport().terminate()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._running_transport().kill()
+
+    def close(self) -> None:
+        self._running_transport().close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.SubprocessTransport)
+        self._transport = transport
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        *lines, unfinished = (self._unfinished[fd] + data.replace(b"\r", b"\n")).split(b"\n")
+        self._unfinished[fd] = unfinished[-_MAX_LINE_BYTES:]
+        for line in lines:
+            self._take_line(fd, line)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd in self._open_outputs:
+            self._take_line(fd, self._unfinished[fd])
+            self._open_outputs.discard(fd)
+        if not self._open_outputs and self._running_transport().get_returncode() is not None:
+            self._settle_exit()
+
+    def process_exited(self) -> None:
+        if not self._open_outputs:
+            self._settle_exit()
+        # A child of the worker may hold the pipes open for as long as it likes.
+        asyncio.get_running_loop().call_later(_LAST_OUTPUT_SECONDS, self._settle_exit)
+
+    def _settle_exit(self) -> None:
+        if not self.exit.done():
+            self.exit.set_result(_describe_exit(self._running_transport().get_returncode()))
+
+    def _take_line(self, fd: int, line: bytes) -> None:
+        if not line.strip():
+            return
+        if fd == 1:
+            self._take_report(line)
+            return
+        text = _printable(line)
+        self.last_lines.append(text)
+        logger.info("[%s] %s", self._model_name, text)
+
+    def _take_report(self, line: bytes) -> None:
+        try:
+            report = _REPORTS.decode(line)
+        except msgspec.DecodeError:
+            logger.warning("[%s] not a report: %s", self._model_name, _printable(line))
+            return
+        if not isinstance(report, Loading) and not self.report.done():
+            self.report.set_result(report)
+
+    def _running_transport(self) -> asyncio.SubprocessTransport:
+        assert self._transport is not None
+        return self._transport
+
+    def _input(self) -> asyncio.WriteTransport:
+        transport = self._running_transport().get_pipe_transport(0)
+        assert isinstance(transport, asyncio.WriteTransport)
+        return transport
+
+
+def _choose_address(directory: str) -> str:
+    """A socket inside `directory`, which only this user can enter; TCP where that cannot be."""
+    path = Path(directory) / "worker.sock"
+    if hasattr(socket, "AF_UNIX") and len(os.fsencode(path)) <= _MAX_SOCKET_PATH_BYTES:
+        return f"unix:{path}"
+    return "tcp:127.0.0.1:0"
+
+
+def _worker_environment(*, own_interpreter: bool) -> dict[str, str]:
+    """The gateway's environment, without its keys; the worker finds gallama where the gateway found it."""
+    environment = {name: value for name, value in os.environ.items() if name != "GALLAMA_API_KEYS"}
+    assert gallama.__file__ is not None
+    folder = Path(gallama.__file__).parent.parent
+    if own_interpreter or folder.name in ("site-packages", "dist-packages"):
+        return environment
+    paths = [str(folder), environment.get("PYTHONPATH", "")]
+    return environment | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def _describe_exit(return_code: int | None) -> str:
+    if return_code is None:
+        return "has ended"
+    if return_code >= 0:
+        return f"ended with exit code {return_code}"
+    try:
+        return f"was killed by {signal.Signals(-return_code).name}"
+    except ValueError:
+        return f"was killed by signal {-return_code}"
+
+
+def _printable(line: bytes) -> str:
+    """A line that cannot change the terminal or forge a line of the log."""
+    text = line.decode(errors="replace").replace("\t", " ")
+    return "".join(character if character.isprintable() else "?" for character in text)[:_MAX_LINE_BYTES]

@@ -1,0 +1,223 @@
+"""Frames between gateway and worker. Nothing here knows HTTP or an engine.
+
+One connection per request:
+
+    gateway -> worker    Hello, then one Call
+    worker -> gateway    ChatEvents up to Completed or Failure; or one WorkerStatus
+
+    frame := length (4 bytes, big end first), one struct as msgpack
+
+Hanging up cancels, on either side. The same frames go over a Unix socket ("unix:/tmp/x/worker.sock") and,
+where there are none, over TCP ("tcp:127.0.0.1:5001"). The secret keeps the machine's other users out.
+
+A worker learns what to load from one line of JSON (`WorkerOrder`) on its standard input, which the gateway
+keeps open as long as it lives. How far it is, it tells in lines of JSON (`WorkerReport`) on its output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import struct
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from gallama.conversation import ChatEvent, ChatRequest, Completed, Failure
+from gallama.errors import ErrorReport, RequestTooLarge
+
+MAX_FRAME_BYTES = 256 * 2**20
+_MAX_HELLO_BYTES = 4096
+_LENGTH = struct.Struct(">I")
+
+T = TypeVar("T")
+
+
+class Hello(Struct, frozen=True, tag=True):
+    secret: str
+
+
+class ChatCall(Struct, frozen=True, tag=True):
+    request: ChatRequest
+
+
+class StatusCall(Struct, frozen=True, tag=True):
+    """Asks for a WorkerStatus; a worker that answers is alive."""
+
+
+Call = ChatCall | StatusCall
+
+
+class WorkerStatus(Struct, frozen=True, tag=True, kw_only=True):
+    """What the worker's engine is doing now."""
+
+    busy_slots: int
+    waiting: int
+    cached_tokens: int
+
+
+class WorkerOrder(Struct, frozen=True, kw_only=True):
+    """What a new process is to serve, and where."""
+
+    model_name: str
+    model_path: str
+    spec: str
+    """A ModelSpec as JSON."""
+    address: str
+    """Where to listen; port 0 in a TCP address means any free port."""
+    secret: str
+    log_level: int
+    """As in the standard library's logging."""
+
+
+class Loading(Struct, frozen=True, tag=True):
+    """The process runs and has understood its order."""
+
+
+class Ready(Struct, frozen=True, tag=True, kw_only=True):
+    """The model is loaded and the worker listens."""
+
+    address: str
+    context_length: int
+
+
+class LoadFailed(Struct, frozen=True, tag=True):
+    """The model cannot be loaded; the process ends."""
+
+    error: ErrorReport
+
+
+WorkerReport = Loading | Ready | LoadFailed
+
+CALLS: msgspec.msgpack.Decoder[Call] = msgspec.msgpack.Decoder(Call)
+_HELLOS = msgspec.msgpack.Decoder(Hello)
+_EVENTS: msgspec.msgpack.Decoder[ChatEvent] = msgspec.msgpack.Decoder(ChatEvent)
+_STATUSES = msgspec.msgpack.Decoder(WorkerStatus)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+class BrokenLink(ConnectionError):
+    """The other side hung up, or what it says is not our protocol."""
+
+
+class Link:
+    """One connection. Whoever has it closes it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, message: Struct) -> None:
+        """Send one frame; waits while the other side is slow to read.
+
+        Raises:
+            RequestTooLarge: the frame would be longer than the other side reads.
+            ConnectionError: the other side hung up.
+        """
+        payload = _ENCODER.encode(message)
+        if len(payload) > MAX_FRAME_BYTES:
+            raise RequestTooLarge(
+                f"The message has {len(payload)} bytes; at most {MAX_FRAME_BYTES} go to a worker."
+            )
+        self._writer.write(_LENGTH.pack(len(payload)) + payload)
+        await self._writer.drain()
+
+    async def receive(self, decoder: msgspec.msgpack.Decoder[T], *, max_bytes: int = MAX_FRAME_BYTES) -> T:
+        """The next frame.
+
+        Raises:
+            BrokenLink: hung up, longer than `max_bytes`, or not what `decoder` reads.
+        """
+        try:
+            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            if length > max_bytes:
+                raise BrokenLink(f"A frame of {length} bytes came; at most {max_bytes} are read.")
+            return decoder.decode(await self._reader.readexactly(length))
+        except asyncio.IncompleteReadError as error:
+            raise BrokenLink("The other side hung up.") from error
+        except msgspec.DecodeError as error:
+            raise BrokenLink(f"The other side does not speak our protocol: {error}") from error
+
+    async def hung_up(self) -> None:
+        """Return once the other side hangs up, or says something although it is not its turn."""
+        with contextlib.suppress(ConnectionError):
+            await self._reader.read(1)
+
+    def close(self) -> None:
+        """Hang up; what was sent before still arrives."""
+        self._writer.close()
+
+
+async def connect(address: str) -> Link:
+    """Connect to a worker.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    kind, _, place = address.partition(":")
+    if kind == "unix":
+        return Link(*await asyncio.open_unix_connection(place))
+    host, _, port = place.rpartition(":")
+    return Link(*await asyncio.open_connection(host, int(port)))
+
+
+async def listen(address: str, answer: Callable[[Link], Awaitable[None]]) -> tuple[asyncio.Server, str]:
+    """Answer connections until the server is closed; returns it and where it listens in truth."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answer(Link(reader, writer))
+
+    kind, _, place = address.partition(":")
+    if kind == "unix":
+        return await asyncio.start_unix_server(connected, place), address
+    host, _, port = place.rpartition(":")
+    server = await asyncio.start_server(connected, host, int(port))
+    return server, f"tcp:{host}:{server.sockets[0].getsockname()[1]}"
+
+
+async def receive_call(link: Link, secret: str) -> Call:
+    """The worker's side of a connection's beginning.
+
+    Raises:
+        BrokenLink: the secret is wrong, or the other side does not speak our protocol.
+    """
+    hello = await link.receive(_HELLOS, max_bytes=_MAX_HELLO_BYTES)
+    if not hmac.compare_digest(hello.secret.encode(), secret.encode()):
+        raise BrokenLink("A connection came with a wrong secret.")
+    return await link.receive(CALLS)
+
+
+async def stream_chat(address: str, secret: str, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+    """Ask a worker; its events up to Completed or Failure. Closing the generator cancels the request.
+
+    Raises:
+        OSError: the worker cannot be reached, or hung up before the end.
+    """
+    link = await connect(address)
+    try:
+        await link.send(Hello(secret))
+        await link.send(ChatCall(request))
+        event: ChatEvent | None = None
+        while not isinstance(event, Completed | Failure):
+            event = await link.receive(_EVENTS)
+            yield event
+    finally:
+        link.close()
+
+
+async def ask_status(address: str, secret: str) -> WorkerStatus:
+    """Ask a worker what it is doing.
+
+    Raises:
+        OSError: the worker cannot be reached, or hung up.
+    """
+    link = await connect(address)
+    try:
+        await link.send(Hello(secret))
+        await link.send(StatusCall())
+        return await link.receive(_STATUSES)
+    finally:
+        link.close()

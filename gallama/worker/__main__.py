@@ -1,0 +1,108 @@
+"""`python -m gallama.worker`: load the model that standard input names, answer until the gateway is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+
+from gallama.config import ModelSpec
+from gallama.engines import ENGINES
+from gallama.errors import ErrorReport, GallamaError, InvalidConfig
+from gallama.generation import Engine
+from gallama.wire import LoadFailed, Loading, Ready, WorkerOrder, WorkerReport
+from gallama.worker.chat import ChatRunner
+from gallama.worker.serve import serving
+
+logger = logging.getLogger("gallama.worker")
+
+_STANDARD_INPUT, _STANDARD_OUTPUT, _STANDARD_ERROR = 0, 1, 2
+
+
+def main() -> int:
+    report_fd = os.dup(_STANDARD_OUTPUT)
+    # Libraries print what they like; only reports may reach the gateway's pipe.
+    os.dup2(_STANDARD_ERROR, _STANDARD_OUTPUT)
+    logging.basicConfig(
+        format="%(levelname)s %(name)s: %(message)s", level=os.environ.get("LOG_LEVEL", "INFO")
+    )
+    order = _read_order()
+    threading.Thread(target=_end_with_gateway, args=(order.address,), daemon=True).start()
+    try:
+        asyncio.run(_load_and_serve(order, report_fd))
+    except GallamaError as error:
+        _report(report_fd, LoadFailed(error.report()))
+    except Exception as error:
+        # The process boundary: whatever broke, the gateway hears of it.
+        logger.exception("The worker of %s failed.", order.model_name)
+        _report(report_fd, LoadFailed(_unexpected_error(order, error)))
+    return 1
+
+
+async def _load_and_serve(order: WorkerOrder, report_fd: int) -> None:
+    """Serve for ever.
+
+    Raises:
+        GallamaError: the model cannot be loaded.
+    """
+    _report(report_fd, Loading())
+    spec = ModelSpec.model_validate_json(order.spec)
+    engine = await asyncio.to_thread(_load_engine, spec, Path(order.model_path))
+    runner = ChatRunner(engine, spec, order.model_name)
+    async with serving(order.address, order.secret, runner, engine.status) as address:
+        _report(report_fd, Ready(address=address, context_length=engine.context_length))
+        await asyncio.Event().wait()
+
+
+def _load_engine(spec: ModelSpec, path: Path) -> Engine:
+    load = ENGINES.get(str(spec.backend))
+    if load is None:
+        raise InvalidConfig(f"There is no backend {spec.backend!r}; there are: {', '.join(sorted(ENGINES))}.")
+    return load(spec, path)
+
+
+def _read_order() -> WorkerOrder:
+    """The first line of standard input, read without a buffer: the rest belongs to the watcher."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        piece = os.read(_STANDARD_INPUT, 4096)
+        if not piece:
+            sys.exit("A worker is started by `gallama serve`, which tells it on standard input what to load.")
+        line += piece
+    return msgspec.json.decode(bytes(line), type=WorkerOrder)
+
+
+def _end_with_gateway(address: str) -> None:
+    """End the process as soon as the gateway is gone, however it went, even while a model loads."""
+    while os.read(_STANDARD_INPUT, 4096):
+        pass
+    kind, _, place = address.partition(":")
+    if kind == "unix":
+        # A gateway that was killed could not clean up.
+        with contextlib.suppress(OSError):
+            Path(place).unlink(missing_ok=True)
+            Path(place).parent.rmdir()
+    os._exit(0)
+
+
+def _report(report_fd: int, report: WorkerReport) -> None:
+    os.write(report_fd, msgspec.json.encode(report) + b"\n")
+
+
+def _unexpected_error(order: WorkerOrder, error: Exception) -> ErrorReport:
+    return ErrorReport(
+        status=503,
+        type="server_error",
+        code="model_load_failed",
+        message=f"Loading {order.model_name} failed: {type(error).__name__}: {error}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
