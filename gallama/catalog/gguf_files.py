@@ -44,7 +44,10 @@ def _parts_of(file: Path) -> list[Path]:
 
 
 def _only_model_in(folder: Path) -> Path:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    except OSError as error:
+        raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
     first_parts = {_parts_of(file)[0]: file for file in files}
     if not first_parts:
         raise InvalidConfig(f"The folder {folder} has no GGUF file, and this version serves GGUF files only.")

@@ -131,7 +131,7 @@ def _find_file(values: Mapping[str, Any], folder: Path) -> tuple[ModelSpec, Path
     location = _location(spec.model_id, folder)
     if spec.backend == "scripted":
         return spec, location
-    if location.exists():
+    if os.path.exists(location):
         return spec, find_gguf(location)
     embedded = find_embedded(spec.model_id)
     if embedded is None:

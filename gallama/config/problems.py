@@ -48,6 +48,8 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return "is missing"
+    if problem["type"] in ("model_type", "dict_type"):
+        return "must be a mapping of keys to values"
     text = problem["msg"].replace("Input should be", "must be")
     return text if _is_secret(problem, model) else f"{text}; not {_shortened(problem['input'])}"
 

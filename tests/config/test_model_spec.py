@@ -1,0 +1,188 @@
+import json
+from typing import Any
+
+import pytest
+
+from gallama.config import ModelSpec, SamplingDefaults, layer_values, validated
+from gallama.config.model_spec import HONOURED_VALUES
+from gallama.errors import InvalidConfig
+from gallama.generation import SamplingSettings
+
+
+def spec(**values: Any) -> ModelSpec:
+    return validated(ModelSpec, {"model_id": "m", **values}, lambda keys: ".".join(map(str, keys)))
+
+
+def problem(**values: Any) -> str:
+    with pytest.raises(InvalidConfig) as raised:
+        spec(**values)
+    return raised.value.message
+
+
+@pytest.mark.parametrize("backend", ["llama_cpp", "Llama_cpp", "LLAMA_CPP", "llama.cpp", "llama-cpp"])
+def test_a_backend_is_read_in_any_case_and_spelling(backend: str) -> None:
+    assert spec(backend=backend).backend == "llama_cpp"
+
+
+@pytest.mark.parametrize("backend", ["exllama", "exLlama", "exl2"])
+def test_exllama_means_its_second_version(backend: str) -> None:
+    assert "'exllamav2' is not in this version yet" in problem(backend=backend)
+
+
+@pytest.mark.parametrize("gpus", ["22,22,10,0", "22, 22, 10, 0", [22, 22, 10, 0], ["22", 22, 10.0, 0]])
+def test_gigabytes_per_gpu_are_read_from_text_and_from_a_list(gpus: object) -> None:
+    assert spec(gpus=gpus).gpus == (22.0, 22.0, 10.0, 0.0)
+
+
+@pytest.mark.parametrize("gpus", [20, "20", 20.0])
+def test_one_number_is_the_first_gpu(gpus: object) -> None:
+    assert spec(gpus=gpus).gpus == (20.0,)
+
+
+@pytest.mark.parametrize("gpus", ["", "a,b", [], [-1], "nan", [float("inf")], True, {"0": 1}, None, [[1]]])
+def test_gpus_that_are_no_sizes_are_refused(gpus: object) -> None:
+    assert "gpus: must be `auto` or gigabytes per GPU as in 22,22,10,0" in problem(gpus=gpus)
+
+
+def test_the_cache_is_rounded_up_to_whole_pages() -> None:
+    assert spec(cache_size="1000").cache_size == 1024
+    assert spec(cache_size=1024).cache_size == 1024
+
+
+def test_the_cache_holds_at_least_one_longest_sequence() -> None:
+    assert spec(cache_size=1000, max_seq_len=1024).cache_size == 1024
+    assert "at least max_seq_len (4096), not 2048" in problem(cache_size=2048, max_seq_len=4096)
+
+
+@pytest.mark.parametrize("size", [0, -1, "many", 1.5, True, float("nan"), 2**31, [1]])
+def test_a_cache_size_that_is_no_count_of_tokens_is_refused(size: object) -> None:
+    assert problem(cache_size=size).startswith("cache_size: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tp", True),
+        ("tp", "yes"),
+        ("cache_quant", "Q6"),
+        ("speculative", "ngram"),
+        ("speculative", "auto"),
+        ("draft_model_id", "small"),
+        ("draft_model_name", "small"),
+        ("draft_gpus", "auto"),
+        ("draft_cache_size", 1024),
+        ("draft_cache_quant", "Q8"),
+        ("num_draft_tokens", 4),
+        ("reserve_vram", 1),
+        ("ttl_seconds", 60),
+        ("pinned", True),
+        ("backend", "transformers"),
+        ("backend", "exllamav3"),
+        ("backend", "embedding"),
+    ],
+)
+def test_what_this_version_does_not_do_is_refused_and_named(key: str, value: object) -> None:
+    message = problem(**{key: value})
+    assert message.startswith(f"{key}: ")
+    assert "not in this version yet; " in message
+
+
+def test_every_key_that_is_not_fully_honoured_is_a_key() -> None:
+    assert HONOURED_VALUES.keys() <= ModelSpec.model_fields.keys()
+
+
+def test_a_model_type_of_embedding_means_that_backend() -> None:
+    message = problem(model_type="Embedding")
+    assert "backend: 'embedding' is not in this version yet; use one of: auto, llama_cpp" in message
+    assert "model_type: 'embedding' is not in this version yet; use one of: llm" in message
+
+
+def test_a_name_that_does_not_exist_is_answered_with_those_that_work() -> None:
+    assert problem(cache_quant="Q5") == "cache_quant: 'Q5' is not allowed; use one of: FP16, Q8, Q4"
+
+
+def test_the_test_engine_is_valid_but_not_advertised() -> None:
+    assert spec(backend="scripted").backend == "scripted"
+    assert "scripted" not in problem(backend="scriptd")
+
+
+def test_an_unknown_key_is_answered_with_the_closest_one() -> None:
+    message = problem(cach_size=1)
+    assert "unknown key `cach_size`. Did you mean `cache_size`? Valid keys: aliases, backend," in message
+
+
+def test_an_unknown_sampling_key_is_answered_with_the_sampling_keys() -> None:
+    message = problem(default_sampling={"temprature": 1})
+    assert "Did you mean `temperature`? Valid keys: frequency_penalty, min_p," in message
+
+
+def test_all_problems_are_told_at_once() -> None:
+    assert len(problem(cache_size=0, tp=True, colour="red").splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("frequency_penalty", 3),
+        ("presence_penalty", -3),
+    ],
+)
+def test_sampling_defaults_have_the_ranges_of_a_request(key: str, value: object) -> None:
+    assert problem(default_sampling={key: value}).startswith(f"default_sampling.{key}: ")
+
+
+def test_sampling_defaults_complete_a_request() -> None:
+    defaults = SamplingDefaults(temperature=0.2, top_k=40).to_settings()
+    settings = SamplingSettings(temperature=1.0).with_defaults(defaults)
+    assert (settings.temperature, settings.top_k, settings.top_p) == (1.0, 40, None)
+
+
+@pytest.mark.parametrize("key", ["default_sampling", "backend_extra_args"])
+def test_nested_settings_are_a_mapping(key: str) -> None:
+    assert problem(**{key: "fast"}) == f"{key}: must be a mapping of keys to values"
+
+
+@pytest.mark.parametrize("value", [float("nan"), [1, float("inf")], {"a": float("nan")}])
+def test_backend_arguments_hold_what_json_can_carry(value: object) -> None:
+    assert "finite" in problem(backend_extra_args={"x": value})
+
+
+def test_lists_are_read_from_text_with_commas() -> None:
+    assert spec(aliases="a, b", eos_token_list="<|im_end|>,</s>").aliases == ("a", "b")
+    assert spec(eos_token_list="<|im_end|>,</s>").eos_token_list == ("<|im_end|>", "</s>")
+
+
+@pytest.mark.parametrize("name", ["", " a", "a\n", "a\x00b"])
+def test_a_name_is_printable_text(name: str) -> None:
+    assert "model_name: must be printable text" in problem(model_name=name)
+
+
+def test_a_spec_survives_the_way_to_the_worker() -> None:
+    sent = spec(
+        gpus="22,0",
+        cache_size=1000,
+        eos_token_list=["</s>"],
+        default_sampling={"temperature": 0.2},
+        backend_extra_args={"n_batch": 512, "nested": {"a": [1, 2.5, "x", None, True]}},
+    )
+    assert ModelSpec.model_validate_json(sent.model_dump_json()) == sent
+    assert json.loads(sent.model_dump_json())["gpus"] == [22.0, 0.0]
+
+
+def test_nested_settings_are_overridden_one_by_one() -> None:
+    lower = {"cache_size": 1, "backend_extra_args": {"n_batch": 1, "n_threads": 2}}
+    upper = {"cache_size": 3, "backend_extra_args": {"n_batch": 4}}
+    assert layer_values(lower, upper) == {
+        "cache_size": 3,
+        "backend_extra_args": {"n_batch": 4, "n_threads": 2},
+    }
