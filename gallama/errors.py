@@ -175,3 +175,20 @@ class ModelLoadFailed(GallamaError):
 
     status = 503
     code = "model_load_failed"
+
+
+class HostNotAllowed(GallamaError):
+    """A browser was led here by a foreign page; only this machine's own names are answered."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "host_not_allowed"
+    hint = "Use localhost or 127.0.0.1, or start the server with another --host."
+
+
+class RequestTimeout(GallamaError):
+    """The client began a request and did not send the rest of it."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"

@@ -79,6 +79,15 @@ class WorkerPool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def settled(self) -> list[InstanceState]:
+        """Wait until every instance that `start` loads has become ready or has failed; their states."""
+        supervisors = [
+            each for name in dict.fromkeys(self._to_load) for each in self._queues[name].supervisors
+        ]
+        for supervisor in supervisors:
+            await supervisor.settled.wait()
+        return [supervisor.state for supervisor in supervisors]
+
     @property
     def models(self) -> list[ServedModel]:
         return [_describe(queue) for queue in self._queues.values()]

@@ -67,6 +67,8 @@ class Supervisor:
         """Set while it is ready."""
         self.problem: ErrorReport | None = None
         """Why the last start failed, or how the last worker died."""
+        self.settled = asyncio.Event()
+        """Set once the first start has succeeded or failed."""
         self._model = model
         self._launcher = launcher
         self._on_change = on_change
@@ -164,6 +166,8 @@ class Supervisor:
         endpoint: Endpoint | None = None,
     ) -> None:
         self.state, self.problem, self.endpoint = state, problem, endpoint
+        if state in ("ready", "failed"):
+            self.settled.set()
         self._on_change()
 
 

@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI's formats outside, chat requests and chat events inside."""

@@ -1,0 +1,141 @@
+"""The gateway: an ASGI application over a pool of workers, and the process that runs both."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+from fastapi import FastAPI
+
+from gallama.api import health, models, openai_chat
+from gallama.api.auth import KeyCheck, LoopbackCheck
+from gallama.api.error_answers import answer_errors
+from gallama.api.request_id import RequestIds
+from gallama.catalog import ResolvedModel
+from gallama.config import ServerConfig
+from gallama.errors import InvalidConfig
+from gallama.pool.pool import WorkerPool
+
+logger = logging.getLogger(__name__)
+
+SURFACES = (openai_chat.router, models.router, health.router)
+"""Everything that answers requests."""
+
+DRAIN_SECONDS = 10
+"""How long streams may go on after the first Ctrl-C."""
+
+
+def create_app(pool: WorkerPool, config: ServerConfig) -> FastAPI:
+    """The application; whoever makes it starts and closes the pool."""
+    # No pages of documentation: they load scripts from other servers.
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app.state.pool = pool
+    app.state.config = config
+    for router in SURFACES:
+        app.include_router(router)
+    answer_errors(app)
+    # The one added last sees a request first.
+    app.add_middleware(KeyCheck, api_keys=config.api_keys)
+    app.add_middleware(LoopbackCheck, host=config.host)
+    app.add_middleware(RequestIds)
+    return app
+
+
+def run_gateway(
+    config: ServerConfig, models_to_load: Sequence[ResolvedModel], models_on_demand: Sequence[ResolvedModel]
+) -> int:
+    """Serve until SIGINT or SIGTERM; a second one ends running streams at once.
+
+    Returns:
+        The exit status: 1 when none of `models_to_load` could be loaded.
+
+    Raises:
+        InvalidConfig: the address cannot be listened on, or the models' names clash.
+    """
+    pool = WorkerPool(models_to_load, models_on_demand, strict=config.strict)
+    with _bind(config.host, config.port) as listener:
+        return asyncio.run(_serve(pool, config, listener))
+
+
+async def _serve(pool: WorkerPool, config: ServerConfig, listener: socket.socket) -> int:
+    server = _Server(
+        uvicorn.Config(
+            create_app(pool, config),
+            # One parser everywhere, and one that bounds the headers.
+            http="h11",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+    )
+    logging.getLogger("uvicorn.error").addFilter(_is_not_our_own_cut)
+    pool.start()
+    watching = asyncio.create_task(_stop_if_nothing_loads(pool, server))
+    try:
+        print(f"gallama listens on {_url(listener)}", flush=True)
+        await server.serve(sockets=[listener])
+        return 1 if watching.done() and watching.result() else 0
+    finally:
+        watching.cancel()
+        await pool.close()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but any second signal hurries, and none is raised again when all is done:
+        workers are to be stopped in peace."""
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+        previous = {name: signal.signal(getattr(signal, name), self._take_signal) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in previous.items():
+                signal.signal(getattr(signal, name), handler)
+
+    def _take_signal(self, _number: int, _frame: object) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+async def _stop_if_nothing_loads(pool: WorkerPool, server: uvicorn.Server) -> bool:
+    """Ends the server when all models that it was started for have failed to load; says whether it did."""
+    states = await pool.settled()
+    if not states or any(state != "failed" for state in states):
+        return False
+    logger.error("No model could be loaded; the server ends.")
+    server.should_exit = True
+    return True
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        InvalidConfig: the address is not ours, or taken.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        way_out = "Choose another with --port; 0 takes a free one." if port else "Choose another --host."
+        raise InvalidConfig(f"Cannot listen on {host} port {port}: {error.strerror}. {way_out}") from error
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_not_our_own_cut(record: logging.LogRecord) -> bool:
+    """False for uvicorn's complaint about streams that we end in the middle, after an error, on purpose."""
+    return record.msg != "ASGI callable returned without completing response."

@@ -1,0 +1,39 @@
+"""GET /v1/models: what can be asked for, loaded or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from gallama.errors import ModelNotFound
+from gallama.pool.pool import ServedModel, WorkerPool
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    pool: WorkerPool = request.app.state.pool
+    return {"object": "list", "data": [_to_model(model) for model in pool.models]}
+
+
+@router.get("/v1/models/{name:path}")
+async def get_model(request: Request, name: str) -> dict[str, Any]:
+    pool: WorkerPool = request.app.state.pool
+    for model in pool.models:
+        if name == model.name or name in model.aliases:
+            return _to_model(model)
+    raise ModelNotFound(f"No model is called {name!r}.", param="model")
+
+
+def _to_model(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "gallama",
+        "aliases": list(model.aliases),
+        "states": list(model.states),
+    }

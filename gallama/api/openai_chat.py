@@ -1,0 +1,68 @@
+"""POST /v1/chat/completions, whole and streamed."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gallama.api.client_presence import unless_client_left
+from gallama.api.openai_chat_reply import ReplyHead, guarantee_header, to_chunks, to_completion
+from gallama.api.openai_chat_request import ChatCompletionBody, to_chat_request
+from gallama.api.request_bodies import read_body
+from gallama.api.request_id import request_id_of
+from gallama.api.server_sent_events import EventStream
+from gallama.config import ServerConfig
+from gallama.conversation import ChatEvent, ChatRequest, Failure, Reply, collect_reply
+from gallama.errors import ReportedError
+from gallama.pool.pool import WorkerPool
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(http_request: Request) -> Response:
+    pool: WorkerPool = http_request.app.state.pool
+    config: ServerConfig = http_request.app.state.config
+    body = await read_body(http_request, ChatCompletionBody, max_bytes=config.max_body_bytes)
+    model = pool.find(body.model)
+    request = to_chat_request(body, request_id=request_id_of(http_request), model=model.name)
+    head = ReplyHead(
+        id=f"chatcmpl-{secrets.token_hex(16)}",
+        model=model.name,
+        fingerprint=model.fingerprint,
+        wants_logprobs=request.logprobs is not None,
+    )
+    if body.stream:
+        events = await unless_client_left(http_request.receive, _accepted_events(pool, request))
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(to_chunks(events, head, include_usage=include_usage))
+    reply = await unless_client_left(http_request.receive, _collect(pool, request))
+    return JSONResponse(to_completion(reply, head), headers=guarantee_header(reply))
+
+
+async def _collect(pool: WorkerPool, request: ChatRequest) -> Reply:
+    async with aclosing(pool.chat(request)) as events:
+        return await collect_reply(events)
+
+
+async def _accepted_events(pool: WorkerPool, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+    """The events after the first: until that one has come, an error can still be a status.
+
+    Raises:
+        GallamaError: the request was not accepted.
+    """
+    events = pool.chat(request)
+    try:
+        first = await anext(events)
+        if isinstance(first, Failure):
+            raise ReportedError(first.error)
+    except BaseException:
+        await events.aclose()
+        raise
+    return events

@@ -1,0 +1,240 @@
+"""From the bytes of a request to a validated model: bounded, strict, and with errors that say where.
+
+Python's own JSON reader takes more than JSON (NaN, Infinity, duplicate keys, half surrogates), and our wire
+takes less (numbers of 64 bits); all of these are refused here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect, Request
+
+from gallama.api.error_answers import ClientLeft
+from gallama.errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedValue
+
+MAX_DEPTH = 128
+"""Of objects and lists in each other."""
+SILENCE_SECONDS = 60.0
+"""How long a client may pause in the middle of its body."""
+
+_PARSED_ASIDE_BYTES = 256 * 1024
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MIN_INTEGER, _MAX_INTEGER = -(2**63), 2**64 - 1
+
+Body = TypeVar("Body", bound="StrictBody")
+
+
+class StrictBody(BaseModel):
+    """What all bodies share: no unknown fields, no values turned into other types, and null means absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_null_as_absent(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in values.items() if value is not None or name not in known}
+
+
+async def read_body(request: Request, body_type: type[Body], *, max_bytes: int) -> Body:
+    """Read, parse and validate the body of a request.
+
+    Raises:
+        RequestTooLarge, RequestTimeout: it is too long, or does not arrive.
+        InvalidRequest: it is not JSON, or not what `body_type` describes; `param` is the path to the value.
+        ClientLeft: the client hung up.
+    """
+    _check_headers(request)
+    raw = await _read_bytes(request, max_bytes)
+    if len(raw) > _PARSED_ASIDE_BYTES:
+        return await asyncio.to_thread(parse_body, raw, body_type)
+    return parse_body(raw, body_type)
+
+
+def parse_body(raw: bytes, body_type: type[Body]) -> Body:
+    """
+    Raises:
+        InvalidRequest: as for `read_body`.
+    """
+    values = parse_json(raw)
+    if not isinstance(values, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    try:
+        return body_type.model_validate(values)
+    except ValidationError as error:
+        raise _to_invalid_request(error, values) from None
+
+
+def parse_json(raw: bytes) -> Any:
+    """Parse strict JSON.
+
+    Raises:
+        InvalidRequest: it is not JSON, or not such that every reader understands it in the same way.
+    """
+    try:
+        values = json.loads(
+            raw.decode(),
+            object_pairs_hook=_to_dict,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_integer,
+            parse_float=_parse_float,
+        )
+        _check_tree(values, check_text=_SURROGATE_ESCAPE.search(raw) is not None)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8: byte {error.start} is wrong.") from None
+    except UnicodeEncodeError:
+        raise InvalidRequest("The body has half of a surrogate pair in a string.") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InvalidRequest(f"The body is not JSON: {error.msg} at {where}.") from None
+    except RecursionError:
+        raise _too_deep() from None
+    return values
+
+
+def _check_headers(request: Request) -> None:
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise UnsupportedValue(f"Content-Encoding {encoding!r} is not supported; send the body as it is.")
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise UnsupportedValue(f"Content-Type must be application/json, not {content_type!r}.")
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdecimal():
+        raise InvalidRequest("Content-Length is not a number.")
+
+
+async def _read_bytes(request: Request, max_bytes: int) -> bytes:
+    announced = int(request.headers.get("content-length", "0"))
+    if announced > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    chunks = aiter(request.stream())
+    try:
+        while True:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                chunk = await anext(chunks)
+            body += chunk
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes)
+    except StopAsyncIteration:
+        return bytes(body)
+    except TimeoutError:
+        raise RequestTimeout(f"No more of the body came for {SILENCE_SECONDS:.0f} s.") from None
+    except ClientDisconnect:
+        raise ClientLeft from None
+
+
+def _too_large(max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The body is larger than the {max_bytes} bytes that this server reads.")
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(f"The body nests objects or lists more than {MAX_DEPTH} deep.")
+
+
+def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(f"The body has the key {twice!r} twice in one object.")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidRequest(f"The body has {name}, which is not JSON.")
+
+
+def _parse_integer(digits: str) -> int:
+    # The length first: turning a million digits into a number takes long.
+    if len(digits) > 20 or not _MIN_INTEGER <= (value := int(digits)) <= _MAX_INTEGER:
+        raise InvalidRequest(f"The body has the integer {digits[:40]}, which is beyond 64 bits.")
+    return value
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise InvalidRequest(f"The body has the number {digits[:40]}, which is too large.")
+    return value
+
+
+def _check_tree(root: Any, *, check_text: bool) -> None:
+    """
+    Raises:
+        InvalidRequest: nested too deep.
+        UnicodeEncodeError: a string is no text; only noticed with `check_text`.
+    """
+    level = [root]
+    for _ in range(MAX_DEPTH + 1):
+        if check_text:
+            _check_text(level)
+        level = [child for value in level if isinstance(value, dict | list) for child in _children(value)]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _children(value: dict[str, Any] | list[Any]) -> Sequence[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+def _check_text(values: list[Any]) -> None:
+    for value in values:
+        if isinstance(value, str):
+            value.encode()
+        elif isinstance(value, dict):
+            "".join(value).encode()
+
+
+def _to_invalid_request(error: ValidationError, values: dict[str, Any]) -> InvalidRequest:
+    """The problem at the deepest place: among the variants of a union, the one that the client meant."""
+    problems = [(_path(problem, values), problem) for problem in error.errors(include_url=False)]
+    deepest = max(len(path) for path, _ in problems)
+    path = next(path for path, _ in problems if len(path) == deepest)
+    words = dict.fromkeys(_words(problem) for other, problem in problems if other == path)
+    name = _as_text(path)
+    return InvalidRequest(
+        f"{name}: {', or: '.join(words)}." if name else f"{'; '.join(words)}.", param=name or None
+    )
+
+
+def _path(problem: ErrorDetails, values: Any) -> tuple[str | int, ...]:
+    """The place of a problem in the body: pydantic's own, without the names of a union's variants."""
+    path: list[str | int] = []
+    for part in problem["loc"]:
+        if _has(values, part):
+            values = values[part]
+            path.append(part)
+        elif problem["type"] == "missing" and part == problem["loc"][-1]:
+            path.append(part)
+    return tuple(path)
+
+
+def _has(values: Any, part: str | int) -> bool:
+    if isinstance(values, list):
+        return isinstance(part, int) and part < len(values)
+    return isinstance(values, dict) and part in values
+
+
+def _as_text(path: Sequence[str | int]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def _words(problem: ErrorDetails) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "there is no such field"
+    message = problem["msg"].removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]

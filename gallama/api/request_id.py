@@ -1,0 +1,56 @@
+"""Every request has an id, in its answer and in every log line: the client's own if it is sane, or a new one."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def request_id_of(request: Request) -> str:
+    return str(request.scope["state"]["request_id"])
+
+
+class RequestIds:
+    """ASGI middleware: gives each request its id, and logs how it was answered, without its text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _choose_id(Headers(scope=scope).get("x-request-id", ""))
+        scope.setdefault("state", {})["request_id"] = request_id
+        began = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            level = logging.DEBUG if status < 400 else logging.INFO
+            seconds = time.monotonic() - began
+            logger.log(
+                level, "%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds
+            )
+
+
+def _choose_id(asked: str) -> str:
+    return asked if _SANE_ID.fullmatch(asked) else f"req-{secrets.token_hex(12)}"
