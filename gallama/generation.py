@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # the gateway reads this module, and never loads numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 StateStatus = Literal["running", "may_end", "must_end", "failed"]
 EndReason = Literal["stop", "length"]
