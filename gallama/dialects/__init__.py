@@ -1,0 +1,64 @@
+"""How model families take tools and write tool calls; prompts from their own chat templates.
+
+What a worker calls, in this order:
+
+    dialect = choose_dialect(spec.prompt_template, engine.chat_template)           # once per model
+    template = ChatTemplate(engine.chat_template, bos_token="<s>", eos_token="</s>")
+    prompt = render_prompt(template, dialect, request, control_tokens=names)        # per request
+    token_ids = [t for segment in prompt.segments for t in engine.tokenize(segment)]
+    visible = visible_control_tokens(dialect, names)                                # for GenerationRequest
+    splitter = Splitter(dialect, tools_offered=prompt.offers_tools, control_tokens=names)  # per choice
+    pieces = splitter.feed(chunk.text)                     # .feed_control_token(name); at the end .finish()
+    call_id = dialect.new_call_id()                        # for each CallStarted
+"""
+
+from __future__ import annotations
+
+from gallama.dialects.chat_template import ChatTemplate
+from gallama.dialects.dialect import Dialect, Example, visible_control_tokens
+from gallama.dialects.hermes import HERMES
+from gallama.dialects.llama3 import LLAMA3
+from gallama.dialects.mistral import MISTRAL, MISTRAL_ARGS
+from gallama.dialects.prompt import RenderedPrompt, render_prompt
+from gallama.dialects.splitter import ArgumentsPiece, CallStarted, Piece, Splitter, TextPiece
+from gallama.dialects.universal import UNIVERSAL
+from gallama.errors import InvalidConfig
+
+__all__ = [
+    "DIALECTS",
+    "ArgumentsPiece",
+    "CallStarted",
+    "ChatTemplate",
+    "Dialect",
+    "Example",
+    "Piece",
+    "RenderedPrompt",
+    "Splitter",
+    "TextPiece",
+    "choose_dialect",
+    "render_prompt",
+    "visible_control_tokens",
+]
+
+# The first that recognises a template has it.
+DIALECTS = {dialect.name: dialect for dialect in (HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, UNIVERSAL)}
+
+
+def choose_dialect(name: str, chat_template: str) -> Dialect:
+    """The dialect of this name, or for "auto" the one that recognises the template.
+
+    Args:
+        chat_template: Jinja source; "" when the model has none.
+
+    Raises:
+        InvalidConfig: there is no dialect of this name.
+    """
+    if name == "auto":
+        recognising = (dialect for dialect in DIALECTS.values() if dialect.recognises(chat_template))
+        return next(recognising, UNIVERSAL)
+    if name not in DIALECTS:
+        raise InvalidConfig(
+            f"prompt_template={name!r} is no dialect; there are: auto, {', '.join(sorted(DIALECTS))}.",
+            param="prompt_template",
+        )
+    return DIALECTS[name]
