@@ -124,26 +124,19 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationEnd:
-    """Why and after how much work a sequence ended."""
-
-    reason: EndReason
-    cached_prompt_tokens: int
-    """Prompt tokens that were not computed again."""
-    sampled_tokens: int
-    forced_tokens: int
-    """Tokens that the grammar left no choice about, so that none was sampled."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedChunk:
-    """What one or a few steps added. Text is never cut inside a character."""
+    """What one step added. Text is never cut inside a character. The counts add up over the chunks."""
 
     text: str = ""
     control_token: str | None = None
     """A visible control token; then `text` is empty."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    end: GenerationEnd | None = None
+    sampled_tokens: int = 0
+    forced_tokens: int = 0
+    """Tokens that the grammar left no choice about, so that none was sampled."""
+    cached_prompt_tokens: int = 0
+    """On the first chunk: prompt tokens that were not computed again."""
+    end: EndReason | None = None
     """Set on the last chunk, and only there."""
 
 

@@ -26,7 +26,6 @@ from gallama.generation import (
     EndReason,
     EngineStatus,
     GeneratedChunk,
-    GenerationEnd,
     GenerationRequest,
     State,
     TokenLogprob,
@@ -154,8 +153,7 @@ class ScriptedEngine:
             count += 1
             yield self._to_chunk(token_id, decoder, request)
         await self._misbehave(count)
-        end = GenerationEnd(reason=reason, cached_prompt_tokens=0, sampled_tokens=count, forced_tokens=0)
-        yield GeneratedChunk(text=decoder.decode(b"", final=True), end=end)
+        yield GeneratedChunk(text=decoder.decode(b"", final=True), end=reason)
 
     def _choose_tokens(self, request: GenerationRequest) -> Iterator[int]:
         """The script's tokens, as far as the grammar allows them; for ever, so that a limit must end it."""
@@ -194,8 +192,9 @@ class ScriptedEngine:
             logprobs = (TokenLogprob(token_id, 0.0, top),)
         if token_id in request.visible_control_tokens:
             name = next(name for name, id_ in _CONTROL_TOKENS.items() if id_ == token_id)
-            return GeneratedChunk(control_token=name, logprobs=logprobs)
-        return GeneratedChunk(text=decoder.decode(self.vocabulary.tokens[token_id]), logprobs=logprobs)
+            return GeneratedChunk(control_token=name, logprobs=logprobs, sampled_tokens=1)
+        text = decoder.decode(self.vocabulary.tokens[token_id])
+        return GeneratedChunk(text=text, logprobs=logprobs, sampled_tokens=1)
 
 
 def _choose_allowed(state: State, wanted: int, mask: NDArray[np.int32]) -> int:

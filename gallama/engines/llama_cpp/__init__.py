@@ -13,15 +13,17 @@ from pydantic import BaseModel, Field, ValidationError
 from gallama.config import ModelSpec
 from gallama.engines.llama_cpp import bindings
 from gallama.engines.llama_cpp.context import SequenceCache
-from gallama.engines.llama_cpp.scheduler import Job, Scheduler, SchedulerOptions, TokensAdded, Update
-from gallama.errors import GallamaError, InvalidConfig, UnsupportedValue
-from gallama.generation import (
-    EngineStatus,
-    GeneratedChunk,
-    GenerationEnd,
-    GenerationRequest,
-    TokenLogprob,
+from gallama.engines.llama_cpp.scheduler import (
+    Ended,
+    Job,
+    Scheduler,
+    SchedulerOptions,
+    Started,
+    TokensAdded,
+    Update,
 )
+from gallama.errors import GallamaError, InvalidConfig, UnsupportedValue
+from gallama.generation import EngineStatus, GeneratedChunk, GenerationRequest
 
 # Sequences kept in the cache beside those of the busy slots.
 _IDLE_SEQUENCES = 16
@@ -114,12 +116,17 @@ class LlamaCppEngine:
         try:
             while True:
                 update = await updates.get()
-                if isinstance(update, GallamaError):
-                    raise update
-                for chunk in text.chunks(update):
-                    yield chunk
-                if isinstance(update, GenerationEnd):
-                    return
+                match update:
+                    case GallamaError():
+                        raise update
+                    case Started():
+                        yield GeneratedChunk(cached_prompt_tokens=update.cached_prompt_tokens)
+                    case TokensAdded():
+                        for chunk in text.chunks(update):
+                            yield chunk
+                    case Ended():
+                        yield GeneratedChunk(text=text.rest(), end=update.reason)
+                        return
         finally:
             self._scheduler.cancel(job)
             del self._queues[job]
@@ -161,23 +168,37 @@ class _TextAssembler:
         self._visible_names = visible_names
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def chunks(self, update: TokensAdded | GenerationEnd) -> Iterator[GeneratedChunk]:
-        if isinstance(update, GenerationEnd):
-            yield GeneratedChunk(text=self._decoder.decode(b"", final=True), end=update)
-            return
-        pieces, logprobs = [], update.logprobs
-        for token_id in update.token_ids:
-            if token_id not in self._visible_names:
-                pieces.append(self._decoder.decode(self._tokens[token_id]))
-                continue
-            yield GeneratedChunk(text="".join(pieces))
-            yield GeneratedChunk(control_token=self._visible_names[token_id], logprobs=logprobs)
-            pieces, logprobs = [], ()
-        yield from self._text_chunk("".join(pieces), logprobs)
+    def chunks(self, added: TokensAdded) -> Iterator[GeneratedChunk]:
+        """The added tokens as chunks; a visible control token is one of its own."""
+        text, count = "", 0
+        for token_id in added.token_ids:
+            if token_id in self._visible_names:
+                yield from self._text_chunk(text, count, added)
+                yield self._control_chunk(token_id, added)
+                text, count = "", 0
+            else:
+                text += self._decoder.decode(self._tokens[token_id])
+                count += 1
+        yield from self._text_chunk(text, count, added)
 
-    def _text_chunk(self, text: str, logprobs: tuple[TokenLogprob, ...]) -> Iterator[GeneratedChunk]:
-        if text or logprobs:
-            yield GeneratedChunk(text=text, logprobs=logprobs)
+    def rest(self) -> str:
+        """What is left of a character that was never finished."""
+        return self._decoder.decode(b"", final=True)
+
+    def _text_chunk(self, text: str, count: int, added: TokensAdded) -> Iterator[GeneratedChunk]:
+        if count:
+            sampled, forced = (0, count) if added.were_forced else (count, 0)
+            yield GeneratedChunk(
+                text=text, logprobs=added.logprobs, sampled_tokens=sampled, forced_tokens=forced
+            )
+
+    def _control_chunk(self, token_id: int, added: TokensAdded) -> GeneratedChunk:
+        return GeneratedChunk(
+            control_token=self._visible_names[token_id],
+            logprobs=added.logprobs,
+            sampled_tokens=int(not added.were_forced),
+            forced_tokens=int(added.were_forced),
+        )
 
 
 def _read_options(spec: ModelSpec) -> LlamaCppOptions:

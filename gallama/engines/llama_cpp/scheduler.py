@@ -22,7 +22,7 @@ from gallama.engines.llama_cpp.bindings import Candidates, DecodeFailed, KvCache
 from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
 from gallama.engines.llama_cpp.sampling import Sampler, log_probabilities
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
-from gallama.generation import EndReason, EngineStatus, GenerationEnd, GenerationRequest, TokenLogprob
+from gallama.generation import EndReason, EngineStatus, GenerationRequest, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,27 @@ WORTH_WAITING_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """The job has a slot."""
+
+    cached_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokensAdded:
-    """What one step added to a sequence."""
+    """What was added to the answer: one sampled token, or a run that the grammar forced."""
 
     token_ids: tuple[int, ...]
+    were_forced: bool
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-Update = TokensAdded | GenerationEnd | GallamaError
+@dataclass(frozen=True, slots=True)
+class Ended:
+    reason: EndReason
+
+
+Update = Started | TokensAdded | Ended | GallamaError
 
 
 class Sink(Protocol):
@@ -67,9 +80,6 @@ class _Slot:
     sampler: Sampler
     token_ids: list[int]
     prompt_length: int
-    cached_prompt_tokens: int
-    sampled_tokens: int = 0
-    forced_tokens: int = 0
     has_ended: bool = False
 
     @property
@@ -79,22 +89,13 @@ class _Slot:
     @property
     def is_reading(self) -> bool:
         """Whether it still reads its prompt, so that nobody waits for its next token yet."""
-        return (
-            self.sampled_tokens + self.forced_tokens == 0 or self.pending_count > PROMPT_TOKENS_BESIDE_WRITERS
-        )
+        has_answer = len(self.token_ids) > self.prompt_length
+        return not has_answer or self.pending_count > PROMPT_TOKENS_BESIDE_WRITERS
 
     @property
     def room(self) -> int:
         """Tokens that the answer may still grow by."""
         return self.job.request.max_tokens - (len(self.token_ids) - self.prompt_length)
-
-    def end(self, reason: EndReason) -> GenerationEnd:
-        return GenerationEnd(
-            reason=reason,
-            cached_prompt_tokens=self.cached_prompt_tokens,
-            sampled_tokens=self.sampled_tokens,
-            forced_tokens=self.forced_tokens,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +207,8 @@ class Scheduler:
 
     def _start_job(self, job: Job) -> None:
         prompt = list(job.request.prompt_token_ids)
+        if _must_repeat(job.request) and not self._slots:
+            self._cache.discard_all()
         sequence = self._cache.acquire(prompt, reuse=not _must_repeat(job.request))
         sampler = Sampler(
             job.request.sampling,
@@ -220,9 +223,9 @@ class Scheduler:
             sampler=sampler,
             token_ids=prompt,
             prompt_length=len(prompt),
-            cached_prompt_tokens=len(sequence.token_ids),
         )
         self._slots.append(slot)
+        self._updates.append((job, Started(cached_prompt_tokens=len(sequence.token_ids))))
         self._guard(slot, lambda: self._append_forced(slot))
 
     def _step(self) -> None:
@@ -264,13 +267,13 @@ class Scheduler:
         mask = self._mask if state is not None and state.mask(self._mask) else None
         token = slot.sampler.sample(logits, mask)
         if token in self._options.end_token_ids:
-            self._finish(slot, slot.end("stop"))
+            self._finish(slot, Ended("stop"))
             return
         if state is not None and state.advance([token]) != 1:
             raise ConstraintFailed("The grammar refused a token that it had allowed.")
-        slot.sampled_tokens += 1
         wanted = slot.job.request.logprobs
-        self._extend(slot, [token], () if wanted is None else (log_probabilities(logits, token, wanted),))
+        logprobs = () if wanted is None else (log_probabilities(logits, token, wanted),)
+        self._extend(slot, TokensAdded((token,), were_forced=False, logprobs=logprobs))
         if not slot.has_ended:
             self._append_forced(slot)
 
@@ -284,19 +287,18 @@ class Scheduler:
             return
         taken = state.advance(forced)
         assert taken == len(forced), "a grammar takes what it forces"
-        slot.forced_tokens += taken
-        self._extend(slot, forced, ())
+        self._extend(slot, TokensAdded(tuple(forced), were_forced=True))
 
-    def _extend(self, slot: _Slot, token_ids: Sequence[int], logprobs: tuple[TokenLogprob, ...]) -> None:
+    def _extend(self, slot: _Slot, added: TokensAdded) -> None:
         """Add tokens to the answer, and end it where the grammar or a limit does."""
-        slot.token_ids += token_ids
-        slot.sampler.accept(token_ids)
-        self._updates.append((slot.job, TokensAdded(tuple(token_ids), logprobs)))
+        slot.token_ids += added.token_ids
+        slot.sampler.accept(added.token_ids)
+        self._updates.append((slot.job, added))
         state = slot.job.request.state
         if state is not None and state.status == "must_end":
-            self._finish(slot, slot.end("stop"))
+            self._finish(slot, Ended("stop"))
         elif slot.room <= 0:
-            self._finish(slot, slot.end("length"))
+            self._finish(slot, Ended("length"))
 
     def _finish(self, slot: _Slot, update: Update) -> None:
         self._updates.append((slot.job, update))
@@ -359,8 +361,9 @@ class Scheduler:
 def _must_repeat(request: GenerationRequest) -> bool:
     """Whether the client wants the same answer again, by its seed.
 
-    What is computed in another batch differs in the last bits, enough to tip a sampled token now and then.
-    So a prompt with a seed is computed as a whole each time.
+    What is computed in another batch, or stands elsewhere in the cache, differs in the last bits, enough
+    to tip a sampled token now and then. So such a prompt is computed as a whole, and in an empty cache if
+    nobody else is at work: then it does repeat.
     """
     return request.sampling.seed is not None and request.sampling.temperature != 0
 
