@@ -350,7 +350,7 @@ def _required_function(kind: str, function: T | None, path: str) -> T:
 
 
 def _to_tools(bodies: Sequence[ToolBody]) -> tuple[ToolSpec, ...]:
-    tools: dict[str, ToolSpec] = Field(default={})
+    tools: dict[str, ToolSpec] = {}
     for i, body in enumerate(bodies):
         function = _required_function(body.type, body.function, f"tools[{i}]")
         if function.name in tools:

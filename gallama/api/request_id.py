@@ -1,4 +1,4 @@
-"""Every request has an id, in its answer and in every log line: the client's own if it is sane, or a new one."""
+"""The id of a request, in its answer and in every line of the log: the client's own if sane, or a new one."""
 
 from __future__ import annotations
 
