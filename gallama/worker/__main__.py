@@ -54,7 +54,7 @@ async def _load_and_serve(order: WorkerOrder, report_fd: int) -> None:
     _report(report_fd, Loading())
     spec = ModelSpec.model_validate_json(order.spec)
     engine = await asyncio.to_thread(_load_engine, spec, Path(order.model_path))
-    runner = ChatRunner(engine, spec, order.model_name)
+    runner = await asyncio.to_thread(ChatRunner, engine, spec)
     async with serving(order.address, order.secret, runner, engine.status) as address:
         _report(report_fd, Ready(address=address, context_length=engine.context_length))
         await asyncio.Event().wait()
