@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated
 
@@ -125,8 +126,9 @@ class ScriptedEngine:
             self._waiting -= 1
         self._busy += 1
         try:
-            async for chunk in self._play(request):
-                yield chunk
+            async with aclosing(self._play(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         finally:
             self._busy -= 1
             self._free_slots.release()

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import pytest
+
+from gallama.conversation import (
+    Accepted,
+    AnswerText,
+    ChatEvent,
+    ChatRequest,
+    Completed,
+    Failure,
+    Message,
+    Usage,
+)
+from gallama.errors import ContextLengthExceeded
+from gallama.generation import EngineStatus
+from gallama.wire import WorkerStatus, ask_status, connect, stream_chat
+from gallama.worker import serve
+from gallama.worker.serve import serving
+
+ADDRESS = "tcp:127.0.0.1:0"
+SECRET = "secret"
+DONE = Completed(Usage(prompt_tokens=1, completion_tokens=1))
+
+
+class ScriptedRunner:
+    """Does what the request's first message says."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.ended = asyncio.Event()
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(busy_slots=self.running, waiting=0, cached_tokens=5)
+
+    async def run(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+        task = request.messages[0].content
+        self.running += 1
+        try:
+            if task == "refuse":
+                raise ContextLengthExceeded("Too long.")
+            if task == "wait before accepting":
+                await asyncio.Event().wait()
+            yield Accepted(1)
+            if task == "break":
+                raise ZeroDivisionError("private text")
+            if task == "wait":
+                await asyncio.Event().wait()
+            while task == "flood":
+                yield AnswerText(0, "x" * 10_000)
+            yield DONE
+        finally:
+            self.running -= 1
+            self.ended.set()
+
+
+def ask(address: str, task: str) -> AsyncGenerator[ChatEvent, None]:
+    request = ChatRequest(request_id="r-7", model="m", messages=(Message(role="user", content=task),))
+    return stream_chat(address, SECRET, request)
+
+
+async def collect(address: str, task: str) -> list[ChatEvent]:
+    async with aclosing(ask(address, task)) as events:
+        return [event async for event in events]
+
+
+async def test_events_of_the_runner_are_sent() -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        assert await collect(address, "answer") == [Accepted(1), DONE]
+
+
+async def test_an_expected_error_is_a_failure_with_its_own_status() -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        (failure,) = await collect(address, "refuse")
+    assert isinstance(failure, Failure)
+    assert (failure.error.status, failure.error.code) == (400, "context_length_exceeded")
+
+
+async def test_an_unexpected_error_is_a_failure_and_the_worker_lives_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = ScriptedRunner()
+    with caplog.at_level(logging.ERROR):
+        async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+            accepted, failure = await collect(address, "break")
+            assert await collect(address, "answer") == [Accepted(1), DONE]
+    assert accepted == Accepted(1)
+    assert isinstance(failure, Failure)
+    assert (failure.error.status, failure.error.code) == (500, "internal_error")
+    assert "r-7" in failure.error.message
+    assert "private text" not in failure.error.message
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["wait", "flood", "wait before accepting"])
+async def test_hanging_up_ends_the_work_at_once(task: str) -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        asking = asyncio.create_task(collect(address, task))
+        await asyncio.sleep(0.1)
+        assert runner.running == 1
+        asking.cancel()
+        await asyncio.wait_for(runner.ended.wait(), 1)
+        assert runner.running == 0
+        assert await collect(address, "answer") == [Accepted(1), DONE]
+
+
+async def test_ending_the_server_ends_running_work() -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        events = ask(address, "wait")
+        await anext(events)
+    assert runner.running == 0
+    with pytest.raises(ConnectionError):
+        await anext(events)
+
+
+async def test_a_wrong_secret_starts_nothing() -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        with pytest.raises(ConnectionError):
+            await ask_status(address, "wrong")
+        assert await collect(address, "answer") == [Accepted(1), DONE]
+
+
+async def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "GREETING_SECONDS", 0.1)
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        link = await connect(address)
+        await asyncio.wait_for(link.hung_up(), 1)
+        link.close()
+
+
+async def test_status_is_told_while_work_goes_on() -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        events = ask(address, "wait")
+        await anext(events)
+        assert await ask_status(address, SECRET) == WorkerStatus(busy_slots=1, waiting=0, cached_tokens=5)
+        await events.aclose()
