@@ -168,7 +168,9 @@ async def listen(address: str, answer: Callable[[Link], Awaitable[None]]) -> tup
     """Answer connections until the server is closed; returns it and where it listens in truth."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await answer(Link(reader, writer))
+        # Before Python 3.12 asyncio logs a cancelled connection as if it had failed.
+        with contextlib.suppress(asyncio.CancelledError):
+            await answer(Link(reader, writer))
 
     kind, _, place = address.partition(":")
     if kind == "unix":

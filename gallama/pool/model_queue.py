@@ -23,6 +23,7 @@ from gallama.pool.launchers import Launcher
 from gallama.pool.routing import InstanceLoad, RoutingPolicy
 from gallama.pool.supervisor import Endpoint, InstanceState, Supervisor
 
+_COMING: frozenset[InstanceState] = frozenset({"ready", "starting", "restarting"})
 _MAX_RETRY_AFTER_SECONDS = 600
 _SERVICE_TIME_WEIGHT = 0.2
 
@@ -140,8 +141,7 @@ class ModelQueue:
         self.wake()
         if not self._may_become_ready():
             raise self._unavailable()
-        has_room = any(instance.has_room for instance in self._instances)
-        if not has_room and not in_front and len(self._waiting) >= self._queue_limit:
+        if not in_front and self.busy + self.waiting >= self._coming_slots() + self._queue_limit:
             raise self._too_busy()
         waiting = _Waiting(request)
         enter: Callable[[_Waiting], None] = self._waiting.appendleft if in_front else self._waiting.append
@@ -189,7 +189,11 @@ class ModelQueue:
         ]
 
     def _may_become_ready(self) -> bool:
-        return any(state in ("ready", "starting", "restarting") for state in self.states)
+        return self._coming_slots() > 0
+
+    def _coming_slots(self) -> int:
+        """The slots of all instances that live or are about to."""
+        return sum(each.capacity for each in self._instances if each.supervisor.state in _COMING)
 
     def _unavailable(self) -> ReportedError | WorkerUnavailable:
         for supervisor in self.supervisors:
@@ -198,10 +202,9 @@ class ModelQueue:
         return WorkerUnavailable(f"No instance of {self.model.name} is running.")
 
     def _too_busy(self) -> WorkerBusy:
-        slots = sum(instance.capacity for instance in self._instances)
-        seconds = math.ceil(self._service_seconds * (len(self._waiting) + 1) / slots)
+        seconds = math.ceil(self._service_seconds * (self.waiting + 1) / self._coming_slots())
         return WorkerBusy(
-            f"{self.model.name} answers {self.busy} requests and {len(self._waiting)} wait, as many as may; "
+            f"{self.model.name} answers {self.busy} requests and {self.waiting} wait, as many as may; "
             f"try again in about {seconds} s.",
             retry_after_seconds=min(max(seconds, 1), _MAX_RETRY_AFTER_SECONDS),
         )

@@ -1,0 +1,424 @@
+"""The pool over workers that run inside the test: real frames over real sockets, without processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gallama.catalog import ResolvedModel
+from gallama.config import ModelSpec
+from gallama.conversation import (
+    Accepted,
+    AnswerText,
+    ChatEvent,
+    ChatRequest,
+    Completed,
+    Failure,
+    Message,
+    Usage,
+)
+from gallama.errors import (
+    GallamaError,
+    InvalidConfig,
+    ModelLoadFailed,
+    ModelNotFound,
+    ReportedError,
+    WorkerBusy,
+    WorkerDied,
+)
+from gallama.generation import EngineStatus
+from gallama.pool import supervisor
+from gallama.pool.launchers import RunningWorker
+from gallama.pool.pool import WorkerPool
+from gallama.pool.supervisor import Backoff
+from gallama.wire import Ready
+from gallama.worker.serve import serving
+
+DONE = Completed(Usage(prompt_tokens=1, completion_tokens=1))
+
+
+class FakeWorker:
+    """A worker inside the test. The request's text says what it does."""
+
+    secret = "secret"
+
+    def __init__(self, model: ResolvedModel, launcher: FakeLauncher) -> None:
+        self._launcher = launcher
+        self.model = model
+        self.asked: list[str] = []
+        self.busy = 0
+        self._died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._serving = asyncio.create_task(self._serve())
+
+    async def ready(self) -> Ready:
+        await self._launcher.may_load.wait()
+        if self._launcher.load_errors:
+            raise self._launcher.load_errors.pop(0)
+        return Ready(address=await self._address, context_length=100)
+
+    async def exited(self) -> str:
+        return await asyncio.shield(self._died)
+
+    async def stop(self) -> None:
+        self._serving.cancel()
+        await asyncio.gather(self._serving, return_exceptions=True)
+        self._launcher.stopped += 1
+
+    def die(self) -> None:
+        self._serving.cancel()
+        if not self._died.done():
+            self._died.set_result("was killed by SIGKILL")
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(busy_slots=self.busy, waiting=0, cached_tokens=0)
+
+    async def run(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+        text = request.messages[0].content
+        self.asked.append(text)
+        self.busy += 1
+        try:
+            if text == "die before" and len(self._launcher.workers) <= self._launcher.bad_workers:
+                self.die()
+                await asyncio.sleep(1)
+            yield Accepted(1)
+            if text == "die after":
+                self.die()
+                await asyncio.sleep(1)
+            if text == "hang":
+                await asyncio.Event().wait()
+            yield AnswerText(0, f"{self.model.name}: {text}")
+            yield DONE
+        finally:
+            self.busy -= 1
+
+    async def _serve(self) -> None:
+        async with serving("tcp:127.0.0.1:0", self.secret, self, self.status) as address:
+            self._address.set_result(address)
+            await asyncio.Event().wait()
+
+
+class FakeLauncher:
+    def __init__(self) -> None:
+        self.workers: list[FakeWorker] = []
+        self.stopped = 0
+        self.load_errors: list[GallamaError] = []
+        self.bad_workers = 1
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+
+    async def launch(self, model: ResolvedModel) -> RunningWorker:
+        self.workers.append(FakeWorker(model, self))
+        return self.workers[-1]
+
+
+def model(name: str = "m", aliases: tuple[str, ...] = (), **values: Any) -> ResolvedModel:
+    spec = ModelSpec.model_validate({"model_id": name, "backend": "scripted", **values})
+    return ResolvedModel(name=name, aliases=aliases, path=Path(name), spec=spec)
+
+
+@contextlib.asynccontextmanager
+async def running(
+    *to_load: ResolvedModel,
+    on_demand: tuple[ResolvedModel, ...] = (),
+    launcher: FakeLauncher | None = None,
+    strict: bool = False,
+) -> AsyncIterator[WorkerPool]:
+    pool = WorkerPool(to_load, on_demand, strict=strict, launcher=launcher or FakeLauncher())
+    pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+def ask(pool: WorkerPool, text: str = "hi", name: str = "m") -> AsyncGenerator[ChatEvent, None]:
+    return pool.chat(ChatRequest(request_id="r", model=name, messages=(Message(role="user", content=text),)))
+
+
+async def answer(pool: WorkerPool, text: str = "hi", name: str = "m") -> list[ChatEvent]:
+    async with aclosing(ask(pool, text, name)) as events:
+        return [event async for event in events]
+
+
+async def text_of(pool: WorkerPool, text: str = "hi", name: str = "m") -> str:
+    return "".join(event.text for event in await answer(pool, text, name) if isinstance(event, AnswerText))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  no event tells of what another task counts
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backoff, "FIRST_SECONDS", 0.05)
+    monkeypatch.setattr(supervisor, "_EXIT_NOTICE_SECONDS", 0.05)
+
+
+async def test_a_request_is_answered() -> None:
+    async with running(model()) as pool:
+        assert await answer(pool) == [Accepted(1), AnswerText(0, "m: hi"), DONE]
+
+
+async def test_every_worker_is_stopped_at_the_end() -> None:
+    launcher = FakeLauncher()
+    async with running(model("a"), model("b"), model("b"), launcher=launcher) as pool:
+        await pool.settled()
+    assert launcher.stopped == len(launcher.workers) == 3
+
+
+async def test_requests_wait_while_the_model_loads() -> None:
+    launcher = FakeLauncher()
+    launcher.may_load.clear()
+    async with running(model(), launcher=launcher) as pool:
+        asking = asyncio.create_task(text_of(pool))
+        await asyncio.sleep(0.02)
+        assert pool.find("m").waiting == 1
+        launcher.may_load.set()
+        assert await asking == "m: hi"
+
+
+class TestNames:
+    async def test_a_model_answers_to_its_name_and_its_aliases(self) -> None:
+        async with running(model("a", ("x",)), model("b")) as pool:
+            assert [pool.find(name).name for name in ("a", "x", "b")] == ["a", "a", "b"]
+
+    async def test_an_unknown_name_is_answered_by_the_only_model(self) -> None:
+        async with running(model("a")) as pool:
+            assert await text_of(pool, name="gpt-4") == "a: hi"
+
+    async def test_an_unknown_name_is_answered_by_the_only_loaded_model(self) -> None:
+        async with running(model("a"), on_demand=(model("b"),)) as pool:
+            assert pool.find("gpt-4").name == "a"
+
+    async def test_with_several_loaded_models_an_unknown_name_is_not_found(self) -> None:
+        async with running(model("a"), model("b")) as pool:
+            with pytest.raises(ModelNotFound, match="gpt-4"):
+                await answer(pool, name="gpt-4")
+
+    async def test_a_strict_server_answers_only_to_known_names(self) -> None:
+        async with running(model("a", ("x",)), strict=True) as pool:
+            assert pool.find("x").name == "a"
+            with pytest.raises(ModelNotFound):
+                pool.find("gpt-4")
+
+    async def test_a_strict_model_answers_only_to_its_names(self) -> None:
+        async with running(model("a", strict=True)) as pool:
+            with pytest.raises(ModelNotFound):
+                pool.find("gpt-4")
+
+    def test_an_alias_that_means_two_models_is_refused(self) -> None:
+        for models in ([model("a", ("x",)), model("b", ("x",))], [model("a", ("b",)), model("b")]):
+            with pytest.raises(InvalidConfig, match="alias"):
+                WorkerPool(models)
+
+
+class TestOnDemand:
+    async def test_a_model_is_loaded_by_its_first_request(self) -> None:
+        launcher = FakeLauncher()
+        async with running(on_demand=(model("a"), model("b")), launcher=launcher) as pool:
+            assert pool.find("b").states == ("unloaded",)
+            assert await text_of(pool, name="b") == "b: hi"
+            assert [worker.model.name for worker in launcher.workers] == ["b"]
+
+    async def test_requests_at_once_share_one_load(self) -> None:
+        launcher = FakeLauncher()
+        async with running(on_demand=(model("a"),), launcher=launcher) as pool:
+            texts = await asyncio.gather(*(text_of(pool, name="a") for _ in range(5)))
+        assert texts == ["a: hi"] * 5
+        assert len(launcher.workers) == 1
+
+
+class TestAdmission:
+    async def test_no_more_than_the_limit_run_at_the_same_time(self) -> None:
+        launcher = FakeLauncher()
+        async with running(model(max_concurrent_requests=2), launcher=launcher) as pool:
+            tasks = [asyncio.create_task(answer(pool, "hang")) for _ in range(3)]
+            await until(lambda: pool.find("m").waiting == 1)
+            assert launcher.workers[0].busy == 2
+            tasks[0].cancel()
+            await until(lambda: len(launcher.workers[0].asked) == 3)
+            assert pool.find("m").busy == 2
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert pool.find("m").busy == 0
+
+    async def test_those_who_wait_are_served_in_their_order(self) -> None:
+        launcher = FakeLauncher()
+        async with running(model(max_concurrent_requests=1), launcher=launcher) as pool:
+            first = asyncio.create_task(answer(pool, "hang"))
+            await until(lambda: pool.find("m").busy == 1)
+            others = [asyncio.create_task(answer(pool, str(i))) for i in range(5)]
+            await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.gather(*others)
+        assert launcher.workers[0].asked == ["hang", "0", "1", "2", "3", "4"]
+
+    async def test_a_full_queue_is_refused_with_a_time_to_try_again(self) -> None:
+        async with running(model(max_concurrent_requests=1, queue_limit=1)) as pool:
+            tasks = [asyncio.create_task(answer(pool, "hang")) for _ in range(2)]
+            await until(lambda: pool.find("m").waiting == 1)
+            with pytest.raises(WorkerBusy) as refused:
+                await answer(pool)
+            assert refused.value.retry_after_seconds is not None
+            assert refused.value.retry_after_seconds >= 1
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert await text_of(pool) == "m: hi"
+
+    async def test_who_leaves_the_queue_frees_its_place(self) -> None:
+        async with running(model(max_concurrent_requests=1, queue_limit=1)) as pool:
+            running_task = asyncio.create_task(answer(pool, "hang"))
+            await until(lambda: pool.find("m").busy == 1)
+            waiting = asyncio.create_task(answer(pool))
+            await until(lambda: pool.find("m").waiting == 1)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert pool.find("m").waiting == 0
+            running_task.cancel()
+            await asyncio.gather(running_task, return_exceptions=True)
+
+    async def test_a_slot_given_to_one_who_leaves_in_that_moment_is_not_lost(self) -> None:
+        async with running(model(max_concurrent_requests=1)) as pool:
+            holder = asyncio.create_task(answer(pool, "hang"))
+            await until(lambda: pool.find("m").busy == 1)
+            leaving = asyncio.create_task(answer(pool))
+            await until(lambda: pool.find("m").waiting == 1)
+            holder.cancel()
+            while pool.find("m").waiting:  # noqa: ASYNC110  the very turn of the loop matters
+                await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.gather(holder, leaving, return_exceptions=True)
+            assert pool.find("m").busy == 0
+            assert await text_of(pool) == "m: hi"
+
+    async def test_closing_a_stream_frees_its_slot_in_the_worker(self) -> None:
+        launcher = FakeLauncher()
+        async with running(model(), launcher=launcher) as pool:
+            events = ask(pool, "hang")
+            await anext(events)
+            assert launcher.workers[0].busy == 1
+            await events.aclose()
+            await until(lambda: launcher.workers[0].busy == 0)
+            assert pool.find("m").busy == 0
+
+    async def test_two_instances_share_the_work(self) -> None:
+        launcher = FakeLauncher()
+        async with running(model(), model(), launcher=launcher) as pool:
+            await pool.settled()
+            for _ in range(4):
+                await answer(pool)
+        assert [len(worker.asked) for worker in launcher.workers] == [2, 2]
+
+
+class TestDeath:
+    async def test_a_request_whose_worker_dies_before_it_began_is_asked_again(self) -> None:
+        launcher = FakeLauncher()
+        async with running(model(), launcher=launcher) as pool:
+            assert await text_of(pool, "die before") == "m: die before"
+        assert len(launcher.workers) == 2
+
+    async def test_a_request_is_not_asked_a_third_time(self) -> None:
+        launcher = FakeLauncher()
+        launcher.bad_workers = 2
+        async with running(model(), launcher=launcher) as pool:
+            with pytest.raises(WorkerDied):
+                await answer(pool, "die before")
+            assert await text_of(pool) == "m: hi"
+
+    async def test_a_request_whose_worker_dies_in_the_middle_ends_in_a_failure(self) -> None:
+        async with running(model()) as pool:
+            accepted, failure = await answer(pool, "die after")
+            assert accepted == Accepted(1)
+            assert isinstance(failure, Failure)
+            assert (failure.error.status, failure.error.code) == (503, "worker_died")
+            assert await text_of(pool) == "m: hi"
+
+    async def test_while_one_instance_restarts_the_other_answers(self) -> None:
+        launcher = FakeLauncher()
+        async with running(model(), model(), launcher=launcher) as pool:
+            await pool.settled()
+            launcher.may_load.clear()
+            launcher.workers[0].die()
+            await until(lambda: "restarting" in pool.find("m").states)
+            assert await text_of(pool) == "m: hi"
+
+    async def test_a_broken_connection_does_not_condemn_a_living_worker(self) -> None:
+        launcher = FakeLauncher()
+        async with running(model(), launcher=launcher) as pool:
+            await pool.settled()
+            endpoint = pool._queues["m"].supervisors[0].endpoint
+            assert endpoint is not None
+            pool._queues["m"].supervisors[0].suspect(endpoint)
+            assert pool.find("m").states == ("restarting",)
+            assert await text_of(pool) == "m: hi"
+        assert len(launcher.workers) == 1
+
+    async def test_a_worker_that_hangs_is_replaced(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def never_answers(_address: str, _secret: str) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(supervisor, "PROBE_TIMEOUT_SECONDS", 0.05)
+        monkeypatch.setattr(supervisor, "PROBE_INTERVAL_SECONDS", 0.05)
+        launcher = FakeLauncher()
+        async with running(model(), launcher=launcher) as pool:
+            await pool.settled()
+            monkeypatch.setattr(supervisor, "ask_status", never_answers)
+            await until(lambda: len(launcher.workers) >= 2)
+            assert launcher.stopped >= 1
+
+
+class TestFailedLoads:
+    async def test_the_workers_own_reason_is_the_answer(self) -> None:
+        launcher = FakeLauncher()
+        launcher.load_errors = [ModelLoadFailed("Not enough memory.")]
+        async with running(model(), launcher=launcher) as pool:
+            assert await pool.settled() == ["failed"]
+            with pytest.raises(GallamaError, match="Not enough memory") as raised:
+                await answer(pool)
+            assert raised.value.report().status == 503
+            assert pool.find("m").problem == "Not enough memory."
+
+    async def test_those_who_wait_for_the_load_hear_of_it(self) -> None:
+        launcher = FakeLauncher()
+        launcher.load_errors = [ModelLoadFailed("Not enough memory.")]
+        async with running(on_demand=(model(),), launcher=launcher) as pool:
+            results = await asyncio.gather(*(answer(pool) for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(result, ReportedError) for result in results)
+
+    async def test_a_failed_load_is_tried_again_by_a_request_only_after_a_delay(self) -> None:
+        launcher = FakeLauncher()
+        launcher.load_errors = [ModelLoadFailed("Not enough memory.")]
+        async with running(model(), launcher=launcher) as pool:
+            await pool.settled()
+            for _ in range(10):
+                with pytest.raises(ReportedError):
+                    await answer(pool)
+            assert len(launcher.workers) == 1
+            await asyncio.sleep(Backoff.FIRST_SECONDS)
+            assert await text_of(pool) == "m: hi"
+
+    async def test_one_instance_that_failed_does_not_stop_the_other(self) -> None:
+        launcher = FakeLauncher()
+        launcher.load_errors = [ModelLoadFailed("Not enough memory.")]
+        async with running(model(), model(), launcher=launcher) as pool:
+            assert sorted(await pool.settled()) == ["failed", "ready"]
+            assert await text_of(pool) == "m: hi"
+
+
+def test_the_delay_doubles_up_to_a_limit_and_starts_anew_after_a_stable_run() -> None:
+    backoff = Backoff()
+    delays = [backoff.next_delay(ran_seconds=1) for _ in range(12)]
+    assert delays[:3] == [0.05, 0.1, 0.2]
+    assert delays[-1] == Backoff.LONGEST_SECONDS
+    assert backoff.next_delay(ran_seconds=61) == 0.05
