@@ -47,7 +47,7 @@ class ToolSpec(Struct, frozen=True, kw_only=True):
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = {}
-    """JSON Schema of the arguments, an object; {} allows any object."""
+    """JSON Schema of the arguments, an object; {}: it takes none."""
     strict: bool = False
 
 

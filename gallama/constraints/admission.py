@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from gallama.constraints.closed_objects import close_objects
 from gallama.constraints.envelope import ToolEnvelope
 from gallama.constraints.regexes import normalize_pattern
 from gallama.constraints.specs import (
@@ -118,7 +119,8 @@ def admit_tools(
 
 def _admit_tool(tool: ToolSpec, index: int) -> CallableTool:
     param = f"tools[{index}].function.parameters"
-    schema = admit_schema(dict(tool.parameters), param=param)
+    # As with OpenAI, a tool without parameters takes none.
+    schema = admit_schema(dict(tool.parameters) or {"type": "object", "properties": {}}, param=param)
     if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
         raise InvalidConstraint(
             f'`{param}` must be a schema of type "object": arguments are named.', param=param
@@ -139,7 +141,7 @@ def _admit_options(options: Sequence[str], param: str) -> tuple[str, ...]:
 
 
 def admit_schema(schema: Any, *, param: str) -> Schema:
-    """The schema without what says nothing, when every keyword in it can be held by a grammar.
+    """The schema as it will be held: without what says nothing, objects closed where that is safe.
 
     Raises:
         InvalidConstraint: not a schema, or it names something outside itself.
@@ -161,7 +163,8 @@ def admit_schema(schema: Any, *, param: str) -> Schema:
             f" Remove `{keyword}` from the schema and check the answer for it yourself.",
             param=param,
         )
-    return cleaned
+    closed: Schema = close_objects(cleaned)
+    return closed
 
 
 def walk_schema(schema: Any, pointer: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
