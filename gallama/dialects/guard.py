@@ -71,7 +71,8 @@ class _ControlTokenNames:
 
     A name is cut after its first character. Where the text around a client's string could complete a
     name, it is cut too: at the string's end ("<|im_" and then "end|>"), and before its start ("|im_end|>"
-    after "<", "tool_call" in "<" and ">").
+    after "<", "tool_call" in "<" and ">"). Templates put marks around a string, not parts of words; so
+    "end" alone is left in peace.
     """
 
     def __init__(self, names: frozenset[str]) -> None:
@@ -79,7 +80,7 @@ class _ControlTokenNames:
         self._names = frozenset(name for name in names if len(name) > 1)
         self._beginnings = frozenset(name[:n] for name in self._names for n in range(1, len(name)))
         self._endings = frozenset(name[n:] for name in self._names for n in range(1, len(name)))
-        self._words = frozenset(filter(None, (re.sub(r"^\W+|\W+$", "", name) for name in self._names)))
+        self._words = frozenset(word for name in self._names for word in _words_with_marks(name))
         self._longest = max(map(len, self._names), default=0)
         first_characters = "".join(sorted({name[0] for name in self._names}))
         self._first_character = re.compile(f"[{re.escape(first_characters)}]" if first_characters else "(?!)")
@@ -108,6 +109,14 @@ class _ControlTokenNames:
             if stop > end or text[start:stop] in self._names:
                 return True
         return False
+
+
+def _words_with_marks(name: str) -> list[str]:
+    """What is inside of a name, with some or none of the marks around it: tool_call, /tool_call, ..."""
+    word = re.search(r"\w(?:.*\w)?", name, re.DOTALL)
+    if word is None:
+        return []
+    return [name[a:b] for a in range(1, word.start() + 1) for b in range(word.end(), len(name))]
 
 
 @lru_cache(maxsize=4)
