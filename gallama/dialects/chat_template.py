@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta
@@ -29,6 +30,9 @@ _LARGEST_TEMPLATE = 1 << 20
 """Characters. The largest that models bring are near 50,000."""
 _WORK_PER_RENDERING = 128 << 20
 """Characters or bytes of values made on the way; see `sandbox.Budget`."""
+
+# Hugging Face's libraries pass None; yet there are templates that only ask whether `tools` is defined.
+_WAYS_WITHOUT_TOOLS: tuple[Mapping[str, None], ...] = ({"tools": None}, {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,7 @@ class ChatTemplate:
         self.source = source or CHATML_TEMPLATE
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._templates = SandboxedTemplates(seconds=rendering_seconds, weight=_WORK_PER_RENDERING)
+        self._without_tools = _WAYS_WITHOUT_TOOLS[0]
         self._rendering = threading.Lock()  # the templates' budget is that of one rendering
         self._compile()
         self.abilities = self._probe()
@@ -98,8 +103,8 @@ class ChatTemplate:
         variables = {
             **self._tokens,
             "messages": messages,
-            "tools": tools,
             "add_generation_prompt": True,
+            **({"tools": tools} if tools else self._without_tools),
             **(extra_variables or {}),
         }
         try:
@@ -127,7 +132,7 @@ class ChatTemplate:
         return "".join(parts)
 
     def _probe(self) -> TemplateAbilities:
-        content_as_parts = self._wants_parts()
+        content_as_parts = self._probe_one_message()
         arguments_as = next(
             (form for form in ("object", "text") if self._shows_calls(form, content_as_parts)), None
         )
@@ -142,18 +147,27 @@ class ChatTemplate:
             arguments_as_text=arguments_as == "text",
         )
 
-    def _wants_parts(self) -> bool:
-        """Raises ModelLoadFailed where neither form of content gives a prompt."""
+    def _probe_one_message(self) -> bool:
+        """Whether content must be parts; and sets how the template wants to hear that there are no tools.
+
+        Raises:
+            ModelLoadFailed: in no form does one user message give a prompt that shows it.
+        """
         messages = [_message("user", "probe-user")]
-        try:
-            if "probe-user" in self.render(messages):
-                return False
-            problem = "The model's chat template does not show what the user says."
-        except InvalidRequest as error:
-            problem = error.message
-        if self._shows(["probe-user"], messages, content_as_parts=True):
-            return True
-        raise ModelLoadFailed(problem)
+        problems = []
+        for without_tools, content_as_parts in product(_WAYS_WITHOUT_TOOLS, (False, True)):
+            self._without_tools = without_tools
+            try:
+                prompt = self.render(with_parts(messages) if content_as_parts else messages)
+            except InvalidRequest as error:
+                problems.append(error.message)
+                if isinstance(error.__cause__, LimitExceeded):
+                    break  # another form would take as long
+                continue
+            if "probe-user" in prompt:
+                return content_as_parts
+            problems.append("The model's chat template does not show what the user says.")
+        raise ModelLoadFailed(problems[0])
 
     def _shows_calls(self, arguments_as: str, content_as_parts: bool) -> bool:
         arguments = {"probe-argument": 1} if arguments_as == "object" else '{"probe-argument": 1}'

@@ -53,14 +53,16 @@ class Dialect:
 def visible_control_tokens(dialect: Dialect, control_tokens: Collection[str]) -> frozenset[str]:
     """The control tokens, by name, that a `Splitter` of this dialect must be fed."""
     envelope = dialect.envelope
-    fixed_texts = (
-        envelope.begin + envelope.call_begin,
+    parts = (
+        envelope.begin,
+        envelope.call_begin,
         envelope.name_end,
-        envelope.call_end + envelope.between + envelope.call_begin,
-        envelope.call_end + envelope.end,
+        envelope.call_end,
+        envelope.between,
+        envelope.end,
     )
     pattern = control_token_pattern(control_tokens)
-    return frozenset(name for text in fixed_texts for name in pattern.findall(text))
+    return frozenset(name for part in parts for name in pattern.findall(part))
 
 
 def control_token_pattern(control_tokens: Collection[str]) -> re.Pattern[str]:

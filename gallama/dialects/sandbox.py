@@ -332,6 +332,6 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(form: str) -> str:
-    if re.search(r"\d", form):
+    if re.search(r"%[^A-Za-z%]*\d", form):
         raise SecurityError("it may not give strftime_now a width")
     return datetime.now().strftime(form)

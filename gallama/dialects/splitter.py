@@ -64,10 +64,11 @@ class Splitter:
 
         envelope = dialect.envelope
         self._trigger = self._with_stand_ins(envelope.trigger)
-        self._first_call = self._with_stand_ins(envelope.begin + envelope.call_begin)
+        call_begin = self._with_stand_ins(envelope.call_begin)
+        self._first_call = self._with_stand_ins(envelope.begin) + call_begin
         self._name_end = self._with_stand_ins(envelope.name_end)
         self._call_end = self._with_stand_ins(envelope.call_end)
-        next_call = self._with_stand_ins(envelope.between + envelope.call_begin)
+        next_call = self._with_stand_ins(envelope.between) + call_begin
         self._next_call = next_call if envelope.parallel else None
         self._end = self._with_stand_ins(envelope.end)
 

@@ -183,6 +183,14 @@ def test_abilities_are_found_out() -> None:
     assert abilities.arguments_as_text
 
 
+def test_template_that_asks_only_whether_tools_are_defined_works_without_any() -> None:
+    template = load(
+        "{% if tools is defined %}{% for t in tools %}{% endfor %}{% endif %}{{ messages[0].content }}"
+    )
+
+    assert template.render(USER) == "Hi!"
+
+
 def test_long_conversation_is_rendered_in_time() -> None:
     template = load("{% for m in messages %}{{ '<' + m.role + '>' + m.content + '\n' }}{% endfor %}")
     messages = [{"role": "user", "content": "word " * 100}] * 2000
