@@ -200,7 +200,10 @@ def _check_text(values: list[Any]) -> None:
 
 def _to_invalid_request(error: ValidationError, values: dict[str, Any]) -> InvalidRequest:
     """The problem at the deepest place: among the variants of a union, the one that the client meant."""
-    problems = [(_path(problem, values), problem) for problem in error.errors(include_url=False)]
+    problems = [
+        (_path(problem["loc"], values, is_missing=problem["type"] == "missing"), problem)
+        for problem in error.errors(include_url=False)
+    ]
     deepest = max(len(path) for path, _ in problems)
     path = next(path for path, _ in problems if len(path) == deepest)
     words = dict.fromkeys(_words(problem) for other, problem in problems if other == path)
@@ -210,16 +213,18 @@ def _to_invalid_request(error: ValidationError, values: dict[str, Any]) -> Inval
     )
 
 
-def _path(problem: ErrorDetails, values: Any) -> tuple[str | int, ...]:
-    """The place of a problem in the body: pydantic's own, without the names of a union's variants."""
-    path: list[str | int] = []
-    for part in problem["loc"]:
-        if _has(values, part):
-            values = values[part]
-            path.append(part)
-        elif problem["type"] == "missing" and part == problem["loc"][-1]:
-            path.append(part)
-    return tuple(path)
+def _path(location: Sequence[str | int], values: Any, *, is_missing: bool) -> tuple[str | int, ...]:
+    """The place of a problem in the body: pydantic's own, without the names of a union's variants.
+
+    Such a name may also be a key of the values; the reading that leaves out less is the right one.
+    """
+    if not location:
+        return ()
+    part, rest = location[0], location[1:]
+    left_out = _path(rest, values, is_missing=is_missing)
+    if _has(values, part):
+        return max(left_out, (part, *_path(rest, values[part], is_missing=is_missing)), key=len)
+    return (part,) if is_missing and not rest else left_out
 
 
 def _has(values: Any, part: str | int) -> bool:
