@@ -52,8 +52,11 @@ _COMPLAINTS: tuple[tuple[re.Pattern[str], str, type[GallamaError]], ...] = (
     (re.compile(r"Unknown format: (.*)"), "format", UnsupportedConstraint),
     (re.compile(r"oneOf constraints are not supported"), "oneOf", UnsupportedConstraint),
     (re.compile(r"patternProperty regexes"), "patternProperties", UnsupportedConstraint),
-    (re.compile(r"not supported|lookarounds|backreferences"), "pattern", UnsupportedConstraint),
-    (re.compile(r"regex parse error"), "pattern", InvalidConstraint),
+    (
+        re.compile(r"not supported|lookarounds|backreferences|regex parse error"),
+        "pattern",
+        UnsupportedConstraint,
+    ),
     (re.compile(r"too (complex|large|many|deep|big)|[Ll]imit|fuel|recursion"), "", ConstraintTooComplex),
 )
 
@@ -235,8 +238,8 @@ def tools_grammar(spec: ToolsSpec, control_tokens: Mapping[str, int]) -> str:
         f" {_literal(envelope.call_end, control_tokens)}",
         *_tool_rules(spec.tools, envelope, control_tokens),
     ]
-    if spec.text_allowed and _has_text_trigger(envelope, control_tokens):
-        rules += [f"head[lazy]: {_ANYTHING} {_quoted(envelope.trigger)}"]
+    if spec.text_allowed:
+        rules.append(_text_rule(envelope, control_tokens))
     return "\n".join(rules)
 
 
@@ -250,7 +253,7 @@ def _answer_rule(spec: ToolsSpec, control_tokens: Mapping[str, int]) -> str:
     if not spec.text_allowed:
         return calls
     if not envelope.text_before_calls:
-        return f"{_text_without_start(envelope, control_tokens)} | {calls}"
+        return f"PLAIN | {calls}"
     if not _has_text_trigger(envelope, control_tokens):
         return f"{_ANYTHING} | {_ANYTHING} {calls}"
     opening = (envelope.begin + envelope.call_begin).removeprefix(envelope.trigger)
@@ -270,12 +273,14 @@ def _tool_rules(
         yield f"tool_{index}: {opening} {_json(tool.schema, layout)}"
 
 
-def _text_without_start(envelope: ToolEnvelope, control_tokens: Mapping[str, int]) -> str:
+def _text_rule(envelope: ToolEnvelope, control_tokens: Mapping[str, int]) -> str:
+    if envelope.text_before_calls:
+        return f"head[lazy]: {_ANYTHING} {_quoted(envelope.trigger)}"
     if not _has_text_trigger(envelope, control_tokens):
-        return _ANYTHING
+        return f"PLAIN: {_ANYTHING}"
     # The answer is a call from its first byte or it is none: the family writes no text in front of calls.
     trigger = re.sub(r"([^\w\s])", r"\\\1", envelope.trigger)
-    return f"/(?s:.*)/ & ~/{trigger.replace('/', chr(92) + '/')}(?s:.*)/"
+    return f"PLAIN: {_ANYTHING} & ~/{trigger}(?s:.*)/"
 
 
 def _has_text_trigger(envelope: ToolEnvelope, control_tokens: Mapping[str, int]) -> bool:

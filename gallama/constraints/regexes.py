@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 
-from gallama.errors import ConstraintTooComplex, InvalidConstraint
+from gallama.errors import ConstraintTooComplex, InvalidConstraint, UnsupportedConstraint
 
 MAX_PATTERN_CHARACTERS = 8 * 1024
 
@@ -17,12 +17,16 @@ _TOKEN = re.compile(
     | (?P<comment> \(\?\# [^)]* \) )
     | (?P<open>    \( )
     | (?P<close>   \) )
-    | (?P<upto>    \{,\d+\} )
+    | (?P<repeat>  [*+?] | \{ \d* ,? \d* \} )
     | (?P<bar>     \| )
     | (?P<other>   . )
     """,
     re.VERBOSE | re.DOTALL,
 )
+
+# What Python means by these, where Rust means a little more: it also counts combining marks as words.
+_CLASSES = {r"\w": r"[\p{L}\p{N}_]", r"\W": r"[^\p{L}\p{N}_]", r"\S": r"[^\s\x1c-\x1f]"}
+_VERBOSE_GROUP = re.compile(r"\?[a-zA-Z]*x")
 
 
 def normalize_pattern(pattern: str, *, param: str) -> str:
@@ -30,6 +34,7 @@ def normalize_pattern(pattern: str, *, param: str) -> str:
 
     Raises:
         InvalidConstraint: not a regular expression, with the position.
+        UnsupportedConstraint: it has what Rust reads as something else: possessive repeats, the flag x.
         ConstraintTooComplex: longer than MAX_PATTERN_CHARACTERS.
     """
     if len(pattern) > MAX_PATTERN_CHARACTERS:
@@ -38,6 +43,7 @@ def normalize_pattern(pattern: str, *, param: str) -> str:
             param=param,
         )
     _refuse_malformed(pattern, param)
+    _refuse_different_meaning(pattern, param)
     branches = [_without_outer_anchors(branch) for branch in _branches(pattern)]
     return "|".join(_to_rust(branch) for branch in branches)
 
@@ -60,6 +66,24 @@ def _refuse_malformed(pattern: str, param: str) -> None:
         ) from warning
     except (RecursionError, OverflowError) as error:
         raise ConstraintTooComplex(f"`{param}` is nested or repeated too much.", param=param) from error
+
+
+def _refuse_different_meaning(pattern: str, param: str) -> None:
+    """Refuse what Rust would read without complaint, and as something else."""
+    previous = ""
+    for match in _TOKEN.finditer(pattern):
+        kind = match.lastgroup or ""
+        if kind == previous == "repeat" and match.group() == "+":
+            raise UnsupportedConstraint(
+                f"`{param}` has a possessive repeat at position {match.start()}, which no grammar can hold.",
+                param=param,
+            )
+        if kind == "open" and _VERBOSE_GROUP.match(pattern, match.end()):
+            raise UnsupportedConstraint(
+                f"`{param}` sets the flag x at position {match.start()}; write the pattern without blanks.",
+                param=param,
+            )
+        previous = kind
 
 
 def _tokens(pattern: str) -> Iterator[tuple[str, str]]:
@@ -90,4 +114,14 @@ def _without_outer_anchors(branch: list[tuple[str, str]]) -> list[tuple[str, str
 
 
 def _to_rust(branch: list[tuple[str, str]]) -> str:
-    return "".join("{0," + text[2:] if kind == "upto" else text for kind, text in branch)
+    return "".join(_token_to_rust(kind, text) for kind, text in branch)
+
+
+def _token_to_rust(kind: str, text: str) -> str:
+    if kind == "escape":
+        return _CLASSES.get(text, text)
+    if kind == "set":
+        return re.sub(r"\\.", lambda escape: _CLASSES.get(escape[0], escape[0]), text, flags=re.DOTALL)
+    if kind == "repeat" and text.startswith("{,"):
+        return "{0" + text[1:]
+    return text

@@ -1,0 +1,128 @@
+from typing import Any
+
+import pytest
+
+from gallama.constraints import ToolEnvelope, admit_constraint, admit_tools
+from gallama.constraints.admission import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_TOOLS, admit_schema
+from gallama.conversation import Constraint, ToolChoice, ToolSpec
+from gallama.errors import ConstraintTooComplex, InvalidConstraint, InvalidRequest, UnsupportedConstraint
+
+ENVELOPE = ToolEnvelope(
+    call_begin='<call>{"name": "', name_end='", "arguments": ', call_end="}</call>", trigger="<call>"
+)
+TEXT = {"type": "string"}
+
+
+def in_object(schema: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a/b": schema}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "pointer"),
+    [
+        ({**TEXT, "not": {"const": "x"}}, "/properties/a~1b/not"),
+        ({"type": "array", "uniqueItems": True}, "/properties/a~1b/uniqueItems"),
+        ({"if": TEXT, "then": {"maxLength": 3}}, "/properties/a~1b/if"),
+        ({"type": "array", "contains": TEXT}, "/properties/a~1b/contains"),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "/properties/a~1b/dependentRequired"),
+        ({"type": "object", "propertyNames": {"pattern": "^a"}}, "/properties/a~1b/propertyNames"),
+        ({"anyOf": [TEXT, {"not": TEXT}]}, "/properties/a~1b/anyOf/1/not"),
+        (
+            {"$ref": "#/$defs/x", "$defs": {"x": {"uniqueItems": True}}},
+            "/properties/a~1b/$defs/x/uniqueItems",
+        ),
+    ],
+)
+def test_a_keyword_that_no_grammar_holds_is_refused_with_its_pointer(schema: Any, pointer: str) -> None:
+    with pytest.raises(UnsupportedConstraint) as refusal:
+        admit_schema(in_object(schema), param="response_format")
+    assert f"`{pointer}`" in refusal.value.message
+    assert refusal.value.param == "response_format"
+
+
+@pytest.mark.parametrize("value", [{"uniqueItems": False}, {"not": False}, {"unevaluatedProperties": True}])
+def test_a_keyword_that_asks_for_nothing_is_let_through(value: dict[str, Any]) -> None:
+    assert admit_schema({**TEXT, **value}, param="p") == TEXT
+
+
+@pytest.mark.parametrize("name", ["not", "uniqueItems", "if", "$ref", "x-guidance"])
+def test_a_property_may_be_called_like_a_keyword(name: str) -> None:
+    schema = {"type": "object", "properties": {name: TEXT}, "additionalProperties": False}
+    assert admit_schema(schema, param="p") == schema
+
+
+def test_keywords_inside_data_are_no_keywords() -> None:
+    schema = {"enum": [{"not": 1}, {"$ref": "http://example.org"}], "default": {"uniqueItems": True}}
+    assert admit_schema(schema, param="p") == schema
+
+
+@pytest.mark.parametrize("reference", ["http://169.254.169.254/", "file:///etc/passwd", "other.json#/a"])
+def test_a_reference_out_of_the_schema_is_refused(reference: str) -> None:
+    with pytest.raises(InvalidConstraint, match="nothing is fetched"):
+        admit_schema(in_object({"$ref": reference}), param="p")
+
+
+def test_options_of_the_constraint_engine_are_refused() -> None:
+    with pytest.raises(InvalidConstraint, match="x-guidance"):
+        admit_schema({**TEXT, "x-guidance": {"lenient": True}}, param="p")
+
+
+@pytest.mark.parametrize("schema", [None, 3, "string", [TEXT]])
+def test_what_is_no_schema_is_refused(schema: Any) -> None:
+    with pytest.raises(InvalidConstraint, match="JSON Schema"):
+        admit_schema(schema, param="p")
+
+
+def test_a_schema_that_is_too_large_is_refused() -> None:
+    with pytest.raises(ConstraintTooComplex, match="bytes"):
+        admit_schema({"enum": ["x" * MAX_SCHEMA_BYTES]}, param="p")
+
+
+@pytest.mark.parametrize("depth", [MAX_SCHEMA_DEPTH + 1, 10_000])
+def test_a_schema_that_is_too_deep_is_refused(depth: int) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    with pytest.raises(ConstraintTooComplex, match="deeper"):
+        admit_schema(schema, param="p")
+
+
+def test_no_choice_at_all_is_refused() -> None:
+    with pytest.raises(InvalidConstraint, match="empty"):
+        admit_constraint(Constraint(kind="choice", source=[], param="choice"))
+
+
+def test_too_many_choices_are_refused() -> None:
+    with pytest.raises(ConstraintTooComplex):
+        admit_constraint(Constraint(kind="choice", source=["x"] * 50_001, param="choice"))
+
+
+def test_too_many_tools_are_refused() -> None:
+    tools = [ToolSpec(name=f"t{number}") for number in range(MAX_TOOLS + 1)]
+    with pytest.raises(ConstraintTooComplex, match=str(MAX_TOOLS)):
+        admit_tools(tools, ToolChoice(), parallel=True, envelope=ENVELOPE)
+
+
+def test_a_choice_of_an_unknown_tool_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="'b'"):
+        admit_tools([ToolSpec(name="a")], ToolChoice(allowed=("b",)), parallel=True, envelope=ENVELOPE)
+
+
+@pytest.mark.parametrize("parameters", [{"type": "string"}, {"type": ["object", "null"]}])
+def test_arguments_that_are_no_object_are_refused(parameters: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConstraint, match=r"tools\[0\].function.parameters"):
+        admit_tools(
+            [ToolSpec(name="a", parameters=parameters)], ToolChoice(), parallel=True, envelope=ENVELOPE
+        )
+
+
+def test_a_tool_without_parameters_takes_none() -> None:
+    spec = admit_tools([ToolSpec(name="a")], ToolChoice(), parallel=True, envelope=ENVELOPE)
+    assert spec.tools[0].schema == {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def test_only_allowed_tools_are_callable() -> None:
+    tools = [ToolSpec(name="a"), ToolSpec(name="b")]
+    spec = admit_tools(tools, ToolChoice(mode="required", allowed=("b",)), parallel=True, envelope=ENVELOPE)
+    assert [tool.name for tool in spec.tools] == ["b"]
+    assert not spec.text_allowed

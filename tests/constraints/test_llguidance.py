@@ -1,0 +1,317 @@
+"""What llguidance lets through is what was asked for: random walks through masks, checked by other means."""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from gallama.constraints import LLGuidanceBackend, ToolEnvelope, admit_constraint, admit_tools
+from gallama.conversation import Constraint, ToolChoice, ToolSpec
+from gallama.dialects import DIALECTS
+from gallama.errors import InvalidConstraint, InvalidRequest, UnsupportedConstraint
+from gallama.generation import State, Vocabulary
+
+Walk = Callable[..., bytes | None]
+Allowed = Callable[[State, Vocabulary], list[int]]
+
+TOOLS = [
+    entry["tool"]["function"]
+    for entry in json.loads((Path(__file__).parents[1] / "data/tools.json").read_text())
+]
+STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+TREE = {
+    "type": "object",
+    "properties": {"value": INTEGER, "children": {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}},
+    "required": ["value"],
+}
+SCHEMAS: list[Any] = [
+    True,
+    {},
+    STRING,
+    {"type": "string", "minLength": 2, "maxLength": 4},
+    {"type": "string", "pattern": "^[a-z]+-[0-9]{2}$"},
+    {"type": "string", "pattern": "b"},
+    {"type": "integer", "minimum": -3, "exclusiveMaximum": 12},
+    {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": "integer", "multipleOf": 5},
+    {"enum": ["a", 1, None, {"b": [1]}]},
+    {"const": {"a": "ł\n\"\\"}},
+    {"type": ["string", "null"]},
+    {"type": "array", "items": INTEGER, "minItems": 1, "maxItems": 3},
+    {"type": "array", "prefixItems": [STRING, INTEGER], "items": False, "minItems": 2},
+    {"type": "object", "additionalProperties": INTEGER, "maxProperties": 2},
+    {"type": "object", "patternProperties": {"^a": INTEGER}, "additionalProperties": False},
+    {"type": "object", "required": ["a"]},
+    {"type": "object", "properties": {"a": STRING}, "required": ["a", "b"]},
+    {"properties": {"a": STRING, "b": INTEGER}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+     "type": "object"},
+    {"anyOf": [{"type": "object", "properties": {"a": STRING}}, INTEGER]},
+    {"oneOf": [{"type": "object", "properties": {"k": {"const": "a"}}, "required": ["k"]}, INTEGER]},
+    {"allOf": [{"type": "object", "properties": {"a": STRING}, "required": ["a"]},
+               {"properties": {"b": INTEGER}}]},
+    {"$ref": "#/$defs/short", "maxLength": 2, "$defs": {"short": {"type": "string", "maxLength": 5}}},
+    TREE,
+    {"type": "string", "format": "date"},
+    {"type": "string", "format": "ipv4"},
+    {"type": "object", "properties": {"ä\"\\": STRING, "\u202e": INTEGER}, "required": ["ä\"\\"]},
+    *[tool["parameters"] for tool in TOOLS],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backend(byte_vocabulary: Vocabulary) -> LLGuidanceBackend:
+    return LLGuidanceBackend(byte_vocabulary)
+
+
+def start(backend: LLGuidanceBackend, kind: Any, source: Any) -> State:
+    return backend.compile(admit_constraint(Constraint(kind=kind, source=source))).start()
+
+
+def start_tools(
+    backend: LLGuidanceBackend, envelope: ToolEnvelope, choice: ToolChoice, **options: bool
+) -> State:
+    tools = [ToolSpec(name="get", parameters=TOOLS[0]["parameters"]), ToolSpec(name="get_time")]
+    parallel = options.get("parallel", True)
+    return backend.compile(admit_tools(tools, choice, parallel=parallel, envelope=envelope)).start()
+
+
+@pytest.mark.parametrize("number", range(len(SCHEMAS)))
+def test_random_walks_end_in_valid_instances(
+    backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, random_walk: Walk, number: int
+) -> None:
+    schema = SCHEMAS[number]
+    validator = jsonschema.Draft202012Validator(
+        schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
+    ended = 0
+    for seed in range(12):
+        text = random_walk(start(backend, "json_schema", schema), byte_vocabulary, random.Random(seed))
+        if text is not None:
+            validator.validate(json.loads(text))
+            ended += 1
+    assert ended, "some walks must have ended"
+
+
+def test_json_objects_are_objects(
+    backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, random_walk: Walk
+) -> None:
+    for seed in range(20):
+        text = random_walk(start(backend, "json_object", None), byte_vocabulary, random.Random(seed))
+        assert text is None or isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize("options", [["yes", "yes sir", "no"], ["a\nb", '"quoted"', "ł😀"], ["x"]])
+def test_a_choice_is_one_of_the_strings(
+    backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, random_walk: Walk, options: list[str]
+) -> None:
+    texts = {
+        random_walk(start(backend, "choice", options), byte_vocabulary, random.Random(seed))
+        for seed in range(40)
+    }
+    assert texts == {option.encode() for option in options}
+
+
+def test_a_prefix_is_followed_by_anything(
+    backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, random_walk: Walk
+) -> None:
+    for seed in range(10):
+        text = random_walk(start(backend, "prefix", ["Sure", "No"]), byte_vocabulary, random.Random(seed))
+        assert text is None or text.startswith((b"Sure", b"No"))
+
+
+@pytest.mark.parametrize("kind", ["regex", "json_object"])
+def test_control_tokens_are_never_allowed_in_text(
+    backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, allowed: Allowed, kind: str
+) -> None:
+    state = start(backend, kind, "(?s:.*)")
+    for _ in range(20):
+        choices = allowed(state, byte_vocabulary)
+        assert set(byte_vocabulary.control_tokens.values()) & set(choices) <= byte_vocabulary.end_token_ids
+        state.advance([next(token_id for token_id in choices if token_id < 256)])
+
+
+def test_the_mask_allows_what_is_taken_and_of_a_forced_text_only_the_tokenizers_own_cut(
+    backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, allowed: Allowed
+) -> None:
+    rng = random.Random(1)
+    state = start(backend, "json_schema", SCHEMAS[-1 - len(TOOLS)])
+    for _ in range(30):
+        choices = set(allowed(state, byte_vocabulary)) - byte_vocabulary.end_token_ids
+        taken = {token_id for token_id in range(len(byte_vocabulary.tokens)) if state.accepts([token_id])}
+        if state.forced():
+            assert choices == set(state.forced()[:1]) <= taken
+        else:
+            assert choices == taken - byte_vocabulary.end_token_ids
+        if not choices:
+            return
+        state.advance([rng.choice(sorted(choices))])
+
+
+def test_a_refused_token_leaves_the_state_usable(backend: LLGuidanceBackend) -> None:
+    state = start(backend, "choice", ["yes"])
+    assert state.advance(list(b"no")) == 0
+    assert state.advance(list(b"yex")) == 2
+    assert state.advance(list(b"s")) == 1
+    assert state.status == "must_end"
+
+
+def test_rolling_back_undoes_forced_runs_too(backend: LLGuidanceBackend) -> None:
+    state = start(backend, "json_schema", TOOLS[0]["parameters"])
+    forced = state.forced()
+    assert forced
+    state.advance(forced)
+    rest = b'"Rome'
+    assert state.advance(list(rest)) == len(rest)
+    state.rollback(len(rest) + len(forced))
+    assert state.forced() == forced
+
+
+def test_a_clone_goes_its_own_way(backend: LLGuidanceBackend) -> None:
+    state = start(backend, "choice", ["ab", "ac"])
+    state.advance(list(b"a"))
+    clone = state.clone()
+    clone.advance(list(b"b"))
+    assert (clone.status, state.status) == ("must_end", "running")
+    assert state.advance(list(b"c")) == 1
+
+
+def test_answers_of_one_grammar_do_not_disturb_each_other(backend: LLGuidanceBackend) -> None:
+    grammar = backend.compile(admit_constraint(Constraint(kind="choice", source=["ab", "cd"])))
+    one, other = grammar.start(), grammar.start()
+    one.advance(list(b"a"))
+    assert other.accepts(list(b"cd")) == 2
+    assert grammar.start().accepts(list(b"ab")) == 2
+
+
+@pytest.mark.parametrize(
+    ("schema", "words", "error"),
+    [
+        ({"anyOf": [INTEGER, {"oneOf": [INTEGER, {"type": "number"}]}]}, "/anyOf/1/oneOf",
+         UnsupportedConstraint),
+        ({"properties": {"a": {"type": "string", "format": "zork"}}}, "/properties/a/format",
+         UnsupportedConstraint),
+        ({"items": {"pattern": "(?=a)b"}}, "/items/pattern", UnsupportedConstraint),
+        ({"properties": {"a": {"type": "stirng"}}}, "/properties/a/type", InvalidConstraint),
+        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, "/properties/a/$ref", InvalidConstraint),
+        (
+            {"patternProperties": {"^a": STRING, "^ab": INTEGER}},
+            "/patternProperties",
+            UnsupportedConstraint,
+        ),
+        ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum", InvalidConstraint),
+        ({"type": "string", "const": 1}, "Unsatisfiable", InvalidConstraint),
+        ({"enum": []}, "Unsatisfiable", InvalidConstraint),
+        (False, "response_format", InvalidConstraint),
+        ({"$ref": "#"}, "without end", InvalidConstraint),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+         "without end", InvalidConstraint),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_keyword_and_its_pointer(
+    backend: LLGuidanceBackend, schema: Any, words: str, error: type[InvalidRequest]
+) -> None:
+    with pytest.raises(error) as refusal:
+        start(backend, "json_schema", schema)
+    assert words in refusal.value.message
+    assert refusal.value.param == "response_format"
+
+
+def test_a_refusal_names_the_tool(backend: LLGuidanceBackend) -> None:
+    bad = {"type": "object", "properties": {"a": {"type": "string", "format": "zork"}}}
+    tools = [ToolSpec(name="good"), ToolSpec(name="bad", parameters=bad)]
+    spec = admit_tools(tools, ToolChoice(), parallel=True, envelope=DIALECTS["hermes"].envelope)
+    with pytest.raises(
+        UnsupportedConstraint, match=r"`/properties/a/format` of `tools\[1\].function.parameters`"
+    ):
+        backend.compile(spec)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": STRING, "maxItems": 10**6},
+        {"type": "string", "maxLength": 2**31},
+        {"type": "string", "minLength": 50_000},
+        {"anyOf": [{"type": "object", "properties": {f"p{n}": STRING}} for n in range(500)]},
+        {"enum": [f"value {n}" for n in range(20_000)]},
+        {"type": "object", "properties": {f"p{n}": STRING for n in range(500)}},
+        {"allOf": [{"anyOf": [{"properties": {f"a{n}": STRING}}, {"properties": {f"b{n}": INTEGER}}]}
+                   for n in range(12)]},
+        {"type": "array", "items": {"pattern": "^.{1,500}$"}},
+    ],
+)  # fmt: skip
+def test_a_hostile_schema_is_held_or_refused_and_the_next_one_works(
+    backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, allowed: Allowed, schema: Any
+) -> None:
+    try:
+        state = start(backend, "json_schema", schema)
+    except InvalidRequest:
+        pass
+    else:
+        assert allowed(state, byte_vocabulary)
+    assert start(backend, "json_schema", STRING).accepts(list(b'"x"')) == 3
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_each_dialects_own_examples_fit_its_grammar(backend: LLGuidanceBackend, name: str, mode: Any) -> None:
+    envelope = DIALECTS[name].envelope
+    state = start_tools(backend, envelope, ToolChoice(mode=mode))
+    call = envelope.begin + envelope.call_begin + "get" + envelope.name_end
+    arguments = '{"location"' + envelope.key_separator + '"Rome"}'
+    token_ids = marked(backend, call + arguments + envelope.call_end + envelope.end)
+    assert state.advance(token_ids) == len(token_ids)
+    assert state.status in ("may_end", "must_end")
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+def test_a_call_once_begun_cannot_be_malformed(backend: LLGuidanceBackend, name: str) -> None:
+    envelope = DIALECTS[name].envelope
+    opening = marked(backend, envelope.begin + envelope.call_begin)
+    for malformed in ("nonsense", "get_times", "ge" + envelope.name_end):
+        state = start_tools(backend, envelope, ToolChoice(mode="auto"))
+        assert state.advance(opening) == len(opening)
+        token_ids = marked(backend, malformed + envelope.name_end)
+        assert state.advance(token_ids) < len(token_ids), malformed
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+def test_required_calls_leave_no_way_to_text(backend: LLGuidanceBackend, name: str) -> None:
+    state = start_tools(backend, DIALECTS[name].envelope, ToolChoice(mode="required"))
+    assert state.accepts(list(b"Hello")) == 0
+    assert state.status == "running"
+
+
+def test_a_single_call_ends_the_answer_unless_calls_may_be_parallel(backend: LLGuidanceBackend) -> None:
+    envelope = DIALECTS["hermes"].envelope
+    call = list((envelope.call_begin + "get_time" + envelope.name_end + "{}" + envelope.call_end).encode())
+    for parallel, status in ((True, "may_end"), (False, "must_end")):
+        state = start_tools(backend, envelope, ToolChoice(mode="required"), parallel=parallel)
+        assert state.advance(call) == len(call)
+        assert state.status == status
+
+
+def test_a_named_choice_forces_the_name(backend: LLGuidanceBackend, byte_vocabulary: Vocabulary) -> None:
+    envelope = DIALECTS["hermes"].envelope
+    state = start_tools(backend, envelope, ToolChoice(mode="required", allowed=("get_time",)))
+    text = b"".join(byte_vocabulary.tokens[token_id] for token_id in state.forced()).decode()
+    assert text.startswith(envelope.call_begin + "get_time" + envelope.name_end)
+
+
+def marked(backend: LLGuidanceBackend, text: str) -> list[int]:
+    """The text as bytes, with the vocabulary's marker as one token."""
+    parts = re.split(r"(\[TOOL_CALLS\])", text)
+    return [token_id for part in parts for token_id in ([257] if part == "[TOOL_CALLS]" else part.encode())]
+
+
+def test_masks_fit_the_vocabulary(backend: LLGuidanceBackend, byte_vocabulary: Vocabulary) -> None:
+    mask = np.full((len(byte_vocabulary.tokens) + 31) // 32, -1, dtype=np.int32)
+    start(backend, "choice", ["a"]).mask(mask)
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert np.flatnonzero(bits).tolist() == [ord("a")]

@@ -1,0 +1,112 @@
+import contextlib
+import random
+import re
+
+import pytest
+
+from gallama.constraints import LLGuidanceBackend, admit_constraint
+from gallama.constraints.regexes import MAX_PATTERN_CHARACTERS, normalize_pattern
+from gallama.conversation import Constraint
+from gallama.errors import ConstraintTooComplex, InvalidConstraint, InvalidRequest, UnsupportedConstraint
+from gallama.generation import Vocabulary
+
+PATTERNS = [
+    "abc",
+    "^abc$",
+    "^a$|^b$",
+    r"\Aab\Z",
+    "(Yes|No)\\.",
+    "a{2,3}",
+    "a{,2}b",
+    "[abc]+",
+    "[^a]b",
+    r"\d{3}-\d{4}",
+    "(?i)yes",
+    "(?P<first>a)b",
+    "a(?#a comment)b",
+    r"[\]\-]a",
+    "a|",
+    "(a|b)*c",
+    "a+?b",
+    "(?:ab)?c",
+    ".b",
+    r"\$1\.50",
+    "[|]a|[(]b",
+    r"x\|y",
+    "^",
+    r"\w+",
+    r"[\w-]+",
+    r"[^\w]b",
+    r"\W\w",
+    r"\S+",
+    r"a{,}",
+]
+SAMPLES = ["", "a", "b", "c", "ab", "abc", "aa", "aab", "aaa", "Yes.", "No.", "yes", "YES", "555-1234", "cb",
+           "]a", "-a", "abac", "$1.50", "|a", "(b", "x|y", "\nb", "b\n", "abcabc", "a\n", "e\u0301",
+           "\u00e9", "\x1c", "\u0663", "\u2167", "a{"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backend(byte_vocabulary: Vocabulary) -> LLGuidanceBackend:
+    return LLGuidanceBackend(byte_vocabulary)
+
+
+def accepts(backend: LLGuidanceBackend, kind: str, pattern: str, text: str) -> bool:
+    constraint = Constraint(kind=kind, source=pattern, param="regex_pattern")  # type: ignore[arg-type]
+    state = backend.compile(admit_constraint(constraint)).start()
+    token_ids = list(text.encode())
+    return state.advance(token_ids) == len(token_ids) and state.status in ("may_end", "must_end")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_means_what_it_means_to_python(backend: LLGuidanceBackend, pattern: str) -> None:
+    for sample in SAMPLES:
+        assert accepts(backend, "regex", pattern, sample) == bool(re.fullmatch(pattern, sample)), sample
+
+
+def test_a_prefix_pattern_binds_only_the_beginning(backend: LLGuidanceBackend) -> None:
+    assert accepts(backend, "regex_prefix", r"^(Yes|No)\.$", "Yes. It is\nbad.")
+    assert not accepts(backend, "regex_prefix", r"^(Yes|No)\.$", "Maybe. Yes.")
+
+
+def test_alternatives_of_a_prefix_pattern_are_all_followed_by_free_text(backend: LLGuidanceBackend) -> None:
+    assert accepts(backend, "regex_prefix", "a|b", "a, then more")
+    assert accepts(backend, "regex_prefix", "a|b", "b, then more")
+
+
+@pytest.mark.parametrize("pattern", ["[", "(", "*a", "(?P<1>a)", r"a\\(", "[[:alpha:]]", "[a&&b]"])
+def test_a_malformed_or_ambiguous_pattern_is_refused_with_its_field(pattern: str) -> None:
+    with pytest.raises(InvalidConstraint, match="regex_pattern") as refusal:
+        normalize_pattern(pattern, param="regex_pattern")
+    assert refusal.value.param == "regex_pattern"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(?=a)b", r"(a)\1", r"\bfoo", "(?<!a)b", "a++", "a{2}+", "(?>ab)", "(?x)a b", "(?x:[ a])"]
+)
+def test_what_no_automaton_can_hold_is_refused(backend: LLGuidanceBackend, pattern: str) -> None:
+    with pytest.raises(UnsupportedConstraint, match="regex_pattern"):
+        accepts(backend, "regex", pattern, "a")
+
+
+def test_a_pattern_that_is_too_long_is_refused() -> None:
+    with pytest.raises(ConstraintTooComplex, match=str(MAX_PATTERN_CHARACTERS)):
+        normalize_pattern("a" * (MAX_PATTERN_CHARACTERS + 1), param="regex_pattern")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(a|a)*b", "a{1,100000}", "((a{1,100}){1,100}){1,100}", "(?:)", "\0", r"\w{1,5000}",
+     "^(a|b)*a(a|b){20}$", "(x{1,1000}){1,1000}", ".{0,10000}x.{0,10000}", "(a?){500}a{500}", r"(\w+\s?)*!",
+     "|".join(f"w{number}" for number in range(1000)), "(" * 500 + "a" + ")" * 500],
+)  # fmt: skip
+def test_a_hostile_pattern_is_held_or_refused_and_the_next_one_works(
+    backend: LLGuidanceBackend, pattern: str
+) -> None:
+    constraint = Constraint(kind="regex", source=pattern, param="regex_pattern")
+    with contextlib.suppress(InvalidRequest):
+        state = backend.compile(admit_constraint(constraint)).start()
+        rng = random.Random(0)
+        for _ in range(20):
+            state.advance([rng.choice(b"ab x!")])
+    assert accepts(backend, "regex", "ok", "ok")
