@@ -40,7 +40,7 @@ class Dialect:
     tools_in_template: bool = True
     """Whether the model's template is asked to show tools, calls and results, if it can.
 
-    If not, or if it cannot, they are written into the messages' text; see `spoken_tools`.
+    If not, or if it cannot, they are written into the messages' text; see `universal.speak_tools`.
     """
     new_call_id: Callable[[], str] = random_call_id
     """Makes the id of a new call."""
