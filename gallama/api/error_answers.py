@@ -22,6 +22,11 @@ class ClientLeft(Exception):
     """The client hung up before there was an answer."""
 
 
+def shown(text: str) -> str:
+    """What a client sent, quoted, and short enough for a message."""
+    return repr(text if len(text) <= 80 else text[:80] + "…")
+
+
 def error_body(report: ErrorReport) -> dict[str, Any]:
     return {
         "error": {
@@ -64,7 +69,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
             status=error.status_code,
             type="invalid_request_error",
             code=code,
-            message=f"{error.detail}: {request.method} {request.url.path}",
+            message=f"{error.detail}: {request.method} {shown(request.scope['path'])}",
         )
     )
     answer.headers.update(error.headers or {})

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
+from gallama.api.error_answers import shown
 from gallama.errors import ModelNotFound
 from gallama.pool.pool import ServedModel, WorkerPool
 
@@ -25,7 +26,7 @@ async def get_model(request: Request, name: str) -> dict[str, Any]:
     for model in pool.models:
         if name == model.name or name in model.aliases:
             return _to_model(model)
-    raise ModelNotFound(f"No model is called {name!r}.", param="model")
+    raise ModelNotFound(f"No model is called {shown(name)}.", param="model")
 
 
 def _to_model(model: ServedModel) -> dict[str, Any]:

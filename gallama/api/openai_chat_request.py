@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from gallama.api.error_answers import shown
 from gallama.api.request_bodies import StrictBody
 from gallama.conversation import ChatRequest, Constraint, Message, ToolCall, ToolChoice, ToolSpec
 from gallama.errors import InvalidRequest, UnsupportedValue
@@ -318,7 +319,7 @@ def _to_text(content: str | list[ContentPartBody] | None, path: str) -> str:
 def _part_text(part: ContentPartBody, path: str) -> str:
     if part.type != "text":
         raise UnsupportedValue(
-            f"Content parts of type {part.type!r} are not supported; only text is.", param=f"{path}.type"
+            f"Content parts of type {shown(part.type)} are not supported; only text is.", param=f"{path}.type"
         )
     for name in ("image_url", "input_audio", "file", "refusal", "prompt_cache_breakpoint"):
         _refuse_unhonoured(f"{path}.{name}", getattr(part, name), ())
@@ -333,7 +334,7 @@ def _to_tool_calls(bodies: Sequence[ToolCallBody], path: str) -> tuple[ToolCall,
         function = _required_function(body.type, body.function, f"{path}[{i}]")
         if body.id in (call.id for call in calls):
             raise InvalidRequest(
-                f"The message has two calls with the id {body.id!r}.", param=f"{path}[{i}].id"
+                f"The message has two calls with the id {shown(body.id)}.", param=f"{path}[{i}].id"
             )
         calls.append(ToolCall(id=body.id, name=function.name, arguments=function.arguments))
     return tuple(calls)
@@ -342,7 +343,7 @@ def _to_tool_calls(bodies: Sequence[ToolCallBody], path: str) -> tuple[ToolCall,
 def _required_function(kind: str, function: T | None, path: str) -> T:
     if kind != "function":
         raise UnsupportedValue(
-            f"Tools of type {kind!r} are not supported; only functions are.", param=f"{path}.type"
+            f"Tools of type {shown(kind)} are not supported; only functions are.", param=f"{path}.type"
         )
     if function is None:
         raise InvalidRequest("There is no `function`.", param=f"{path}.function")
@@ -404,7 +405,9 @@ def _offered_name(body: ToolReferenceBody, offered: Sequence[str], path: str) ->
     if name is None or (body.function and body.name):
         raise InvalidRequest('Name one function: {"name": ...}.', param=f"{path}.function")
     if name not in offered:
-        raise InvalidRequest(f"{name!r} is not among the request's `tools`.", param=f"{path}.function.name")
+        raise InvalidRequest(
+            f"{shown(name)} is not among the request's `tools`.", param=f"{path}.function.name"
+        )
     return name
 
 
@@ -459,7 +462,7 @@ def _to_sampling(body: ChatCompletionBody) -> SamplingSettings:
 
 def _to_token_id(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
-        raise InvalidRequest(f"{text[:20]!r} is not a token's number.", param="logit_bias")
+        raise InvalidRequest(f"{shown(text)} is not a token's number.", param="logit_bias")
     return int(text)
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
-from gallama.api.error_answers import ClientLeft
+from gallama.api.error_answers import ClientLeft, shown
 from gallama.errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedValue
 
 MAX_DEPTH = 128
@@ -25,6 +25,7 @@ MAX_DEPTH = 128
 SILENCE_SECONDS = 60.0
 """How long a client may pause in the middle of its body."""
 
+_MAX_PATH_LENGTH = 200
 _PARSED_ASIDE_BYTES = 256 * 1024
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MIN_INTEGER, _MAX_INTEGER = -(2**63), 2**64 - 1
@@ -105,10 +106,12 @@ def parse_json(raw: bytes) -> Any:
 def _check_headers(request: Request) -> None:
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding != "identity":
-        raise UnsupportedValue(f"Content-Encoding {encoding!r} is not supported; send the body as it is.")
+        raise UnsupportedValue(
+            f"Content-Encoding {shown(encoding)} is not supported; send the body as it is."
+        )
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
-        raise UnsupportedValue(f"Content-Type must be application/json, not {content_type!r}.")
+        raise UnsupportedValue(f"Content-Type must be application/json, not {shown(content_type)}.")
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal():
         raise InvalidRequest("Content-Length is not a number.")
@@ -148,7 +151,7 @@ def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRequest(f"The body has the key {twice!r} twice in one object.")
+        raise InvalidRequest(f"The body has the key {shown(twice)} twice in one object.")
     return values
 
 
@@ -235,7 +238,7 @@ def _has(values: Any, part: str | int) -> bool:
 
 def _as_text(path: Sequence[str | int]) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return text.removeprefix(".")
+    return text.removeprefix(".")[:_MAX_PATH_LENGTH]
 
 
 def _words(problem: ErrorDetails) -> str:

@@ -135,7 +135,7 @@ class WorkerPool:
         loaded = [queue for queue in self._queues.values() if queue.is_loaded]
         candidates = loaded or list(self._queues.values())
         if self._strict or len(candidates) != 1 or candidates[0].model.spec.strict:
-            raise ModelNotFound(f"No model is called {name!r}.", param="model")
+            raise ModelNotFound(f"No model is called {name[:80]!r}.", param="model")
         return candidates[0]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gallama.catalog import ResolvedModel
-from gallama.errors import ErrorReport, GallamaError, WorkerDied
+from gallama.errors import ErrorReport, GallamaError, WorkerDied, WorkerUnavailable
 from gallama.pool.launchers import Launcher, RunningWorker
 from gallama.wire import ask_status
 
@@ -100,6 +100,10 @@ class Supervisor:
                 self._may_start_at = time.monotonic() + self._backoff.next_delay(0)
                 logger.error("Loading %s failed: %s", self._model.name, error.message)
                 self._change("failed", error.report())
+            except Exception:
+                # Only a bug comes here; without this its requests would wait for ever.
+                logger.exception("The supervisor of %s failed.", self._model.name)
+                self._change("failed", WorkerUnavailable(f"{self._model.name} cannot be started.").report())
 
     async def _keep_running(self) -> None:
         """Start the worker, again and again.

@@ -227,6 +227,7 @@ class TestErrorsInTheMiddle:
         assert put_together(chunks)[0]["message"]["content"] == "abc"
         assert error["error"]["code"] == "internal_error"
         assert was_cut
+        assert "ASGI" not in gateway.log()
 
     def test_openais_client_raises_the_error_of_a_stream(self, client: openai.OpenAI) -> None:
         events = client.chat.completions.create(model="broken", messages=HELLO, stream=True)

@@ -364,6 +364,21 @@ def test_ten_thousand_parts_are_one_text(gateway: Any) -> None:
     assert answer.status_code in (200, 400)
 
 
+def test_messages_stay_short_whatever_they_quote(gateway: Any) -> None:
+    long = "x" * 100_000
+    bodies: list[dict[str, Any]] = [
+        {long: 1},
+        {"messages": [{"role": "user", "content": [{"type": long}]}]},
+        {"tools": [{"type": long}]},
+        {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": long}}},
+        {"logit_bias": {long: 1}},
+        {"service_tier": long},
+        {"model": long},
+    ]
+    for body in bodies:
+        refused(gateway.post({"model": "echo", "messages": MESSAGES, **body}))
+
+
 def test_a_deep_schema_is_refused(gateway: Any) -> None:
     schema: dict[str, Any] = {}
     for _ in range(150):

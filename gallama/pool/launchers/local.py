@@ -40,7 +40,7 @@ class LocalLauncher:
     """Starts `python -m gallama.worker`, with the spec's own interpreter where it names one."""
 
     async def launch(self, model: ResolvedModel) -> LocalWorker:
-        directory = tempfile.mkdtemp(prefix="gallama-")
+        directory = _make_directory(model.name)
         order = WorkerOrder(
             model_name=model.name,
             model_path=str(model.path),
@@ -193,6 +193,13 @@ class _WorkerProcess(asyncio.SubprocessProtocol):
         transport = self._running_transport().get_pipe_transport(0)
         assert isinstance(transport, asyncio.WriteTransport)
         return transport
+
+
+def _make_directory(model_name: str) -> str:
+    try:
+        return tempfile.mkdtemp(prefix="gallama-")
+    except OSError as error:
+        raise ModelLoadFailed(f"{model_name}: no folder for the worker's socket: {error}.") from error
 
 
 def _choose_address(directory: str) -> str:
