@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
+_POLLED_PATHS = ("/health", "/ready")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -45,7 +46,8 @@ class RequestIds:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            level = logging.DEBUG if status < 400 else logging.INFO
+            is_quiet = status < 400 or scope["path"] in _POLLED_PATHS
+            level = logging.DEBUG if is_quiet else logging.INFO
             seconds = time.monotonic() - began
             logger.log(
                 level, "%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds
