@@ -145,7 +145,7 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": -2}}\n</tool_call>'
 SHARED_MODELS: Mapping[str, Mapping[str, Any]] = {
     "echo": {"aliases": ["parrot"]},
-    "caller": {"script": {"reply": CALL}},
+    "caller": {"script": {"reply": CALL}, "prompt_template": "hermes"},
     "slow": {
         "script": {"reply": "x" * 2000, "seconds_per_token": 0.05, "slots": 1},
         "max_concurrent_requests": 1,
