@@ -103,6 +103,12 @@ def admit_tools(
                 f"`tool_choice` names {name!r}, which is not in `tools`: {', '.join(names)}.",
                 param="tool_choice",
             )
+    for index, name in enumerate(names):
+        if envelope.text_begin and envelope.text_begin == envelope.call_begin + name + envelope.name_end:
+            raise InvalidRequest(
+                f"No tool may be called {name!r} with this model: the word stands for an answer in text.",
+                param=f"tools[{index}].function.name",
+            )
     callable_tools = tuple(
         _admit_tool(tool, index)
         for index, tool in enumerate(tools)

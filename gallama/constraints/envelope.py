@@ -17,6 +17,8 @@ class ToolEnvelope:
         call_begin='<tool_call>\n{"name": "', name_end='", "arguments": ',
         call_end='}\n</tool_call>', between='\n'
 
+    An answer in text is               text_begin TEXT
+
     Any part may contain control tokens by name, as in begin="[TOOL_CALLS][". Where the model's vocabulary
     has such a control token, the grammar demands the token, and the parser sees it as a token.
     """
@@ -31,6 +33,8 @@ class ToolEnvelope:
     """What `begin + call_begin` starts with and free text may not contain: once written, a call has begun."""
     text_before_calls: bool = True
     """Whether the model may say something in front of its calls; if not, they stand at the very start."""
+    text_begin: str = ""
+    """What an answer in text begins with, where the family says first which of the two it is."""
     parallel: bool = True
     """Whether the family can write more than one call in an answer."""
     item_separator: str = ", "

@@ -253,7 +253,7 @@ def _answer_rule(spec: ToolsSpec, control_tokens: Mapping[str, int]) -> str:
     if not spec.text_allowed:
         return calls
     if not envelope.text_before_calls:
-        return f"PLAIN | {calls}"
+        return f"{_literal(envelope.text_begin, control_tokens)} PLAIN | {calls}"
     if not _has_text_trigger(envelope, control_tokens):
         return f"{_ANYTHING} | {_ANYTHING} {calls}"
     opening = (envelope.begin + envelope.call_begin).removeprefix(envelope.trigger)
@@ -276,7 +276,7 @@ def _tool_rules(
 def _text_rule(envelope: ToolEnvelope, control_tokens: Mapping[str, int]) -> str:
     if envelope.text_before_calls:
         return f"head[lazy]: {_ANYTHING} {_quoted(envelope.trigger)}"
-    if not _has_text_trigger(envelope, control_tokens):
+    if envelope.text_begin or not _has_text_trigger(envelope, control_tokens):
         return f"PLAIN: {_ANYTHING}"
     # The answer is a call from its first byte or it is none: the family writes no text in front of calls.
     trigger = re.sub(r"([^\w\s])", r"\\\1", envelope.trigger)

@@ -63,6 +63,7 @@ class Splitter:
         self._without_stand_ins = {ord(stand_in): None for stand_in in self._stand_ins.values()}
 
         envelope = dialect.envelope
+        self._text_begin = self._with_stand_ins(envelope.text_begin)
         self._trigger = self._with_stand_ins(envelope.trigger)
         call_begin = self._with_stand_ins(envelope.call_begin)
         self._first_call = self._with_stand_ins(envelope.begin) + call_begin
@@ -115,6 +116,11 @@ class Splitter:
 
     def _read_start(self) -> bool:
         """The start of an answer that is either text or calls."""
+        if self._text_begin and self._take(self._text_begin):
+            self._read = self._read_plain
+            return True
+        if self._text_begin.startswith(self._pending):
+            return False
         if self._pending.startswith(self._trigger):
             self._read = self._read_first_call
             return True

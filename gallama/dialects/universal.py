@@ -7,25 +7,51 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gallama.constraints.envelope import ToolEnvelope
-from gallama.dialects.dialect import Dialect
-from gallama.dialects.hermes import HERMES, HERMES_ENVELOPE
+from gallama.dialects.dialect import Dialect, Example
+
+# A small model rarely starts a call by itself, but chooses well between names. So it says first which tool
+# it takes, if any; the grammar leaves it nothing else to begin with.
+ENVELOPE = ToolEnvelope(
+    text_begin="[tool: none]\n",
+    call_begin="[tool: ",
+    name_end="]\n",
+    call_end="",
+    between="\n",
+    trigger="[tool: ",
+    text_before_calls=False,
+)
 
 TOOLS_IN_SYSTEM_MESSAGE = """\
-You can call these tools:
+You are a helpful assistant with tools. {instruction}
 {tools}
 
-To call a tool, answer with its name and its arguments in this form:
-{example}
-If no tool helps, answer in plain words."""
+Arguments of the tools, as JSON Schema:
+{schemas}"""
+
+BEGIN_WITH_ONE = "Begin every answer with one of these:"
+NO_TOOL = "{text_begin} to talk, explain, tell or answer from knowledge"
+CALL_ONE = "Call one where it helps:"
 
 TOOL_RESULT = "<tool_response>\n{content}\n</tool_response>"
+
+_LONGEST_SHOWN_REQUEST = 200
 
 UNIVERSAL = Dialect(
     name="universal",
     recognises=lambda chat_template: False,  # what remains when no other dialect recognises a template
-    envelope=HERMES_ENVELOPE,
+    envelope=ENVELOPE,
     tools_in_template=False,
-    examples=HERMES.examples,
+    examples=(
+        Example(output="[tool: none]\nIt is [tool: x] 3.", text="It is [tool: x] 3."),
+        Example(
+            output='[tool: get_weather]\n{"city": "Paris"}',
+            calls=(("get_weather", '{"city": "Paris"}'),),
+        ),
+        Example(
+            output='[tool: add]\n{"a": [1, {}], "c": "}\\"{"}\n[tool: now]\n{}',
+            calls=(("add", '{"a": [1, {}], "c": "}\\"{"}'), ("now", "{}")),
+        ),
+    ),
 )
 
 TemplateMessage = dict[str, Any]
@@ -40,24 +66,96 @@ def speak_tools(
     Args:
         tools: as chat templates know them, {"type": "function", "function": {...}}.
     """
-    spoken = _with_tools(list(messages), tools, envelope)
-    spoken = [_spoken_call(message, envelope) if "tool_calls" in message else message for message in spoken]
+    spoken = [_spoken(message, envelope, tools) for message in messages]
+    if tools:
+        spoken = _with_tools(spoken, [tool["function"] for tool in tools], envelope)
     return _spoken_results(spoken)
 
 
 def _with_tools(
     messages: list[TemplateMessage], tools: Sequence[Mapping[str, Any]], envelope: ToolEnvelope
 ) -> list[TemplateMessage]:
-    if not tools:
-        return messages
-    description = TOOLS_IN_SYSTEM_MESSAGE.format(
-        tools="\n".join(_json(tool["function"], envelope) for tool in tools),
-        example=_calls([("TOOL_NAME", '{"ARGUMENT": "VALUE"}')], envelope),
-    )
+    """The conversation behind a description of the tools and a few turns that show how they are used."""
+    description = _description(tools, envelope)
     if messages and messages[0]["role"] == "system":
         content = f"{messages[0]['content']}\n\n{description}".lstrip()
-        return [{**messages[0], "content": content}, *messages[1:]]
-    return [{"role": "system", "content": description}, *messages]
+        system, rest = {**messages[0], "content": content}, messages[1:]
+    else:
+        system, rest = {"role": "system", "content": description}, messages
+    return [system, *_sample_turns(tools[0], envelope), *rest]
+
+
+def _description(tools: Sequence[Mapping[str, Any]], envelope: ToolEnvelope) -> str:
+    begin, no_tool = envelope.text_begin, NO_TOOL.format(text_begin=envelope.text_begin.strip())
+    shown_tools = [
+        f"{_shown_name(tool['name'], envelope)} to {_lower_first(_request(tool))}" for tool in tools
+    ]
+    return TOOLS_IN_SYSTEM_MESSAGE.format(
+        instruction=BEGIN_WITH_ONE if begin else CALL_ONE,
+        tools="\n".join([*shown_tools, no_tool] if begin else shown_tools),
+        schemas="\n".join(f"{tool['name']}: {_json(tool['parameters'], envelope)}" for tool in tools),
+    )
+
+
+def _shown_name(name: str, envelope: ToolEnvelope) -> str:
+    """The name as an answer begins with it, where the family begins every answer with one."""
+    return (envelope.call_begin + name + envelope.name_end).strip() if envelope.text_begin else name
+
+
+def _sample_turns(tool: Mapping[str, Any], envelope: ToolEnvelope) -> list[TemplateMessage]:
+    """Text and calls in turn: what stands last tips a small model, so a call does, of a tool not on offer."""
+    sample = _json(_sample_value(tool["parameters"]), envelope)
+    turns = (
+        ("Hi!", envelope.text_begin + "Hello! How can I help you?"),
+        (_request(tool) + ".", _calls([(tool["name"], sample)], envelope)),
+        ("Tell me a fun fact.", envelope.text_begin + "Honey never spoils."),
+        ("Who wrote Hamlet?", envelope.text_begin + "William Shakespeare wrote Hamlet."),
+        ("What time is it in Rome?", _calls([("get_time", _json({"city": "Rome"}, envelope))], envelope)),
+    )
+    return [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _request(tool: Mapping[str, Any]) -> str:
+    """What a tool does, in the words of its description's first sentence."""
+    sentence = (tool["description"] or f"Use {tool['name']}").strip().split(". ")[0].split("\n")[0]
+    return sentence[:_LONGEST_SHOWN_REQUEST].rstrip(".")
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _sample_value(schema: Any) -> Any:
+    """A value of about the schema's shape, with only what it requires."""
+    if not isinstance(schema, Mapping):
+        return "..."
+    if schema.get("enum"):
+        return schema["enum"][0]
+    match schema.get("type"):
+        case "object":
+            properties = schema.get("properties") or {}
+            return {name: _sample_value(properties.get(name)) for name in schema.get("required") or ()}
+        case "array":
+            return [_sample_value(schema.get("items"))]
+        case "integer" | "number":
+            return schema.get("minimum", 1)
+        case "boolean":
+            return True
+        case _:
+            return schema.get("const", "...")
+
+
+def _spoken(message: TemplateMessage, envelope: ToolEnvelope, tools: Sequence[Any]) -> TemplateMessage:
+    """An answer of the assistant as it would have written it."""
+    if "tool_calls" in message:
+        return _spoken_call(message, envelope)
+    if tools and message["role"] == "assistant":
+        return {**message, "content": envelope.text_begin + message["content"]}
+    return message
 
 
 def _spoken_call(message: TemplateMessage, envelope: ToolEnvelope) -> TemplateMessage:

@@ -126,3 +126,16 @@ def test_only_allowed_tools_are_callable() -> None:
     spec = admit_tools(tools, ToolChoice(mode="required", allowed=("b",)), parallel=True, envelope=ENVELOPE)
     assert [tool.name for tool in spec.tools] == ["b"]
     assert not spec.text_allowed
+
+
+def test_a_tool_may_not_have_the_name_that_stands_for_text() -> None:
+    envelope = ToolEnvelope(
+        text_begin="[none]\n",
+        call_begin="[",
+        name_end="]\n",
+        call_end="",
+        trigger="[",
+        text_before_calls=False,
+    )
+    with pytest.raises(InvalidRequest, match="'none'"):
+        admit_tools([ToolSpec(name="none")], ToolChoice(), parallel=True, envelope=envelope)

@@ -113,14 +113,15 @@ def test_a_template_without_tools_still_shows_them_in_any_dialect(dialect: str) 
 
     envelope = DIALECTS[dialect].envelope
     call = envelope.call_begin + "get_weather" + envelope.name_end + '{"city": "Zürich"}' + envelope.call_end
-    assert '{"name": "get_weather", "description": "The weather now."' in prompt.text
+    assert "to the weather now" in prompt.text
+    assert 'get_weather: {"type": "object", "properties": {"city"' in prompt.text
     assert envelope.begin + call + envelope.end in prompt.text
 
 
 def test_universal_tools_replace_the_default_system_message() -> None:
     prompt = render("universal", ask(QUESTION, tools=(WEATHER,)))
 
-    assert prompt.text.startswith("<|im_start|>system\nYou can call these tools:")
+    assert prompt.text.startswith("<|im_start|>system\nYou are a helpful assistant with tools.")
     assert "SmolLM" not in prompt.text
 
 
