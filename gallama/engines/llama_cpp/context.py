@@ -65,7 +65,7 @@ class SequenceCache:
         self._sequences = [CachedSequence(id=number) for number in range(sequences)]
         self._clock = 0
 
-    def acquire(self, token_ids: Sequence[int], *, reuse: bool = True) -> CachedSequence:
+    def acquire(self, token_ids: list[int], *, reuse: bool = True) -> CachedSequence:
         """A sequence to work on, holding as much as possible of the beginning of `token_ids`.
 
         At least the last token is left to compute: its logits are what the next one is chosen from.
@@ -77,7 +77,7 @@ class SequenceCache:
         target.is_busy = True
         return target
 
-    def shared_tokens(self, token_ids: Sequence[int]) -> int:
+    def shared_tokens(self, token_ids: list[int]) -> int:
         """How many tokens `acquire` would find in the cache."""
         return self._longest_prefix(token_ids)[1]
 
@@ -129,7 +129,7 @@ class SequenceCache:
         """Tokens in all sequences, those of shared prefixes counted for each."""
         return sum(len(sequence.token_ids) for sequence in self._sequences)
 
-    def _longest_prefix(self, token_ids: Sequence[int]) -> tuple[CachedSequence | None, int]:
+    def _longest_prefix(self, token_ids: list[int]) -> tuple[CachedSequence | None, int]:
         best, shared = None, 0
         for sequence in self._sequences:
             length = self._reusable(sequence, token_ids)
@@ -137,7 +137,7 @@ class SequenceCache:
                 best, shared = sequence, length
         return (best, shared) if shared >= MIN_SHARED_TOKENS else (None, 0)
 
-    def _reusable(self, sequence: CachedSequence, token_ids: Sequence[int]) -> int:
+    def _reusable(self, sequence: CachedSequence, token_ids: list[int]) -> int:
         length = min(common_prefix(sequence.token_ids, token_ids), len(token_ids) - 1)
         if self._can_forget_partly or (length == len(sequence.token_ids) and not sequence.is_busy):
             return length
@@ -173,13 +173,19 @@ class SequenceCache:
         sequence.token_ids = []
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their start."""
-    length = min(len(one), len(other))
-    if one[:length] == other[:length]:
-        return length
-    differs = np.asarray(one[:length]) != np.asarray(other[:length])
-    return int(differs.argmax())
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences have in common at their start.
+
+    By halves: comparing slices costs a tenth of looking at each token.
+    """
+    equal, limit = 0, min(len(one), len(other))
+    while equal < limit:
+        middle = (equal + limit + 1) // 2
+        if one[equal:middle] == other[equal:middle]:
+            equal = middle
+        else:
+            limit = middle - 1
+    return equal
 
 
 def _to_arrays(

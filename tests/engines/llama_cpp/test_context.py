@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gallama.engines.llama_cpp.bindings import KvCacheFull
+from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
+
+PROMPT = list(range(100, 120))
+OTHER = list(range(200, 220))
+THIRD = list(range(300, 320))
+
+
+class MemoryKv:
+    """A KV cache as llama.cpp's unified one: copies share cells, and a cell is free with its last user.
+
+    The "logits" of a token are all the tokens up to it: what a model would have seen.
+    """
+
+    def __init__(self, cells: int, *, can_forget_partly: bool = True) -> None:
+        self.cells = cells
+        self.computed = 0
+        """Tokens that went through `decode`."""
+        self.texts: dict[int, list[tuple[int, int]]] = {}
+        """By sequence: the (cell, token) at each position."""
+        self._can_forget_partly = can_forget_partly
+        self._next_cell = 0
+        self._rows: list[NDArray[np.float32]] = []
+
+    def decode(
+        self,
+        sequences: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        wants_logits: NDArray[np.int8],
+    ) -> None:
+        if self.used_cells + len(tokens) > self.cells:
+            raise KvCacheFull
+        self.computed += len(tokens)
+        self._rows = []
+        for sequence, position, token in zip(sequences, positions, tokens, strict=True):
+            text = self.texts.setdefault(int(sequence), [])
+            assert position == len(text), "a token goes behind the last one"
+            text.append((self._next_cell, int(token)))
+            self._next_cell += 1
+            self._rows.append(np.array([token for _, token in text], dtype=np.float32))
+        self._wants_logits = wants_logits
+
+    def logits(self, batch_index: int) -> NDArray[np.float32]:
+        assert self._wants_logits[batch_index], "logits exist only where the batch asked for them"
+        return self._rows[batch_index]
+
+    def forget(self, sequence: int, from_position: int) -> None:
+        assert self._can_forget_partly or from_position == 0
+        text = self.texts.get(sequence, [])
+        assert from_position <= len(text)
+        del text[from_position:]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert self._can_forget_partly
+        assert not self.texts.get(target), "only an empty sequence is copied to"
+        assert length <= len(self.texts[source])
+        self.texts[target] = self.texts[source][:length]
+
+    def clear(self) -> None:
+        self.texts.clear()
+
+    @property
+    def used_cells(self) -> int:
+        return len({cell for text in self.texts.values() for cell, _ in text})
+
+    def tokens(self, sequence: CachedSequence) -> list[int]:
+        return [token for _, token in self.texts.get(sequence.id, [])]
+
+
+def make(*, cells: int = 1000, sequences: int = 4, partly: bool = True) -> tuple[SequenceCache, MemoryKv]:
+    kv = MemoryKv(cells, can_forget_partly=partly)
+    return SequenceCache(kv, sequences=sequences, can_forget_partly=partly), kv
+
+
+def read(cache: SequenceCache, token_ids: list[int]) -> CachedSequence:
+    """Acquire a sequence and compute what of the tokens is not in the cache."""
+    sequence = cache.acquire(token_ids)
+    append(cache, sequence, token_ids[len(sequence.token_ids) :])
+    return sequence
+
+
+def append(cache: SequenceCache, sequence: CachedSequence, token_ids: list[int]) -> list[float]:
+    (logits,) = cache.decode([BatchPart(sequence, token_ids, wants_logits=True)])
+    assert logits is not None
+    return [float(value) for value in logits]
+
+
+def read_and_leave(cache: SequenceCache, token_ids: list[int]) -> CachedSequence:
+    sequence = read(cache, token_ids)
+    cache.release(sequence)
+    return sequence
+
+
+def test_the_longest_prefix_that_any_sequence_holds_is_reused() -> None:
+    cache, _ = make()
+    read_and_leave(cache, PROMPT[:8])
+    read_and_leave(cache, [*PROMPT[:12], 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
+    read_and_leave(cache, OTHER)
+    assert cache.shared_tokens(PROMPT) == 12
+    assert cache.acquire(PROMPT).token_ids == PROMPT[:12]
+
+
+def test_at_least_the_last_token_is_left_to_compute() -> None:
+    cache, _ = make()
+    read_and_leave(cache, [*PROMPT, 1, 2])
+    assert cache.acquire(PROMPT).token_ids == PROMPT[:-1]
+
+
+def test_a_prefix_of_a_few_tokens_is_not_worth_a_sequence() -> None:
+    cache, _ = make()
+    read_and_leave(cache, PROMPT)
+    assert cache.acquire([*PROMPT[:3], 1, 2, 3]).token_ids == []
+
+
+def test_without_reuse_a_sequence_is_empty() -> None:
+    cache, kv = make()
+    read_and_leave(cache, PROMPT)
+    sequence = cache.acquire(PROMPT, reuse=False)
+    assert sequence.token_ids == kv.tokens(sequence) == []
+
+
+def test_what_goes_on_from_an_idle_sequence_takes_it_over() -> None:
+    cache, kv = make()
+    first = read_and_leave(cache, PROMPT)
+    second = read(cache, [*PROMPT, 1, 2])
+    assert second is first
+    assert kv.computed == len(PROMPT) + 2
+    assert kv.tokens(second) == second.token_ids == [*PROMPT, 1, 2]
+
+
+def test_what_shares_little_of_an_idle_sequence_copies_it() -> None:
+    cache, kv = make()
+    first = read_and_leave(cache, PROMPT)
+    second = read(cache, [*PROMPT[:5], 1, 2])
+    assert second is not first
+    assert kv.tokens(first) == PROMPT
+    assert kv.used_cells == len(PROMPT) + 2, "a copy shares its cells"
+
+
+def test_a_busy_sequence_is_copied_never_taken_over() -> None:
+    cache, kv = make()
+    busy = read(cache, PROMPT)
+    second = read(cache, [*PROMPT, 1])
+    assert second is not busy
+    assert kv.tokens(busy) == busy.token_ids == PROMPT
+    assert kv.computed == len(PROMPT) + 1
+
+
+def test_the_logits_are_those_after_all_tokens_of_the_sequence() -> None:
+    cache, _ = make()
+    read_and_leave(cache, [*PROMPT[:10], 7, 7])
+    sequence = cache.acquire(PROMPT)
+    assert append(cache, sequence, PROMPT[10:]) == PROMPT
+
+
+def test_a_batch_appends_to_many_sequences() -> None:
+    cache, kv = make()
+    one, other = cache.acquire(PROMPT), cache.acquire(OTHER)
+    logits = cache.decode(
+        [BatchPart(one, PROMPT[:3], wants_logits=False), BatchPart(other, OTHER, wants_logits=True)]
+    )
+    assert logits[0] is None
+    assert logits[1] is not None
+    assert logits[1].tolist() == OTHER
+    assert kv.tokens(one) == PROMPT[:3]
+
+
+def test_the_least_recently_used_idle_sequence_makes_room() -> None:
+    cache, kv = make(cells=60)
+    oldest = read_and_leave(cache, PROMPT)
+    newer = read_and_leave(cache, OTHER)
+    third = read_and_leave(cache, THIRD)
+    read_and_leave(cache, [*PROMPT, 1])  # used again, so that the one after it is the oldest now
+    assert kv.tokens(oldest) == [*PROMPT, 1]
+    assert kv.tokens(newer) == []
+    assert kv.tokens(third) == THIRD
+
+
+def test_busy_sequences_are_never_evicted() -> None:
+    cache, kv = make(cells=45)
+    one, other = read(cache, PROMPT), read(cache, OTHER)
+    with pytest.raises(KvCacheFull):
+        append(cache, one, [1] * 6)
+    assert kv.tokens(one) == one.token_ids == PROMPT
+    assert kv.tokens(other) == other.token_ids == OTHER
+
+
+def test_a_discarded_sequence_gives_its_room_back() -> None:
+    cache, kv = make(cells=45)
+    one, other = read(cache, PROMPT), read(cache, OTHER)
+    cache.discard(other)
+    append(cache, one, [1] * 6)
+    assert kv.tokens(one) == [*PROMPT, *[1] * 6]
+    assert other.token_ids == []
+
+
+def test_discarding_all_leaves_an_empty_idle_cache() -> None:
+    cache, kv = make(sequences=1)
+    read(cache, PROMPT)
+    cache.discard_all()
+    assert cache.cached_tokens == kv.used_cells == 0
+    assert read(cache, OTHER).token_ids == OTHER
+
+
+def test_a_model_that_cannot_forget_partly_goes_on_only_from_whole_idle_sequences() -> None:
+    cache, _ = make(partly=False)
+    first = read_and_leave(cache, PROMPT)
+    assert cache.acquire(PROMPT).token_ids == [], "the last token would have to be forgotten"
+    assert cache.acquire([*PROMPT[:10], 1]).token_ids == []
+    assert cache.acquire([*PROMPT, 1]) is first
+    assert cache.acquire([*PROMPT, 1]).token_ids == [], "it is busy now, and cannot be copied in part"
+
+
+def test_common_prefix_is_where_two_sequences_begin_to_differ() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        shared = [rng.randrange(3) for _ in range(rng.randrange(6))]
+        one = [*shared, *(rng.randrange(3) for _ in range(rng.randrange(4)))]
+        other = [*shared, *(rng.randrange(3) for _ in range(rng.randrange(4)))]
+        expected = next(
+            (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+            min(len(one), len(other)),
+        )
+        assert common_prefix(one, other) == expected, (one, other)
+
+
+@pytest.mark.parametrize("partly", [True, False])
+def test_whatever_happens_the_cache_knows_what_it_holds(partly: bool) -> None:
+    """Random requests start, grow and end in a cache that is too small for them."""
+    rng = random.Random(1)
+    for _ in range(40):
+        cache, kv = make(cells=rng.choice([30, 60, 200]), sequences=6, partly=partly)
+        busy: list[CachedSequence] = []
+        for _ in range(60):
+            _change_something(cache, kv, busy, rng)
+            assert cache.cached_tokens == sum(map(len, kv.texts.values()))
+            for sequence in busy:
+                assert sequence.is_busy
+                assert kv.tokens(sequence) == sequence.token_ids
+
+
+def _change_something(
+    cache: SequenceCache, kv: MemoryKv, busy: list[CachedSequence], rng: random.Random
+) -> None:
+    action = rng.choice(["start", "start", "grow", "grow", "end", "discard"])
+    if action == "start" and len(busy) < 3:
+        prompt = [rng.randrange(2) for _ in range(rng.randrange(2, 25))]
+        expected = cache.shared_tokens(prompt)
+        sequence = cache.acquire(prompt)
+        assert sequence not in busy
+        assert sequence.token_ids == prompt[:expected]
+        assert expected < len(prompt)
+        busy.append(sequence)
+    elif action == "grow" and busy:
+        sequence = rng.choice(busy)
+        before = {other.id: kv.tokens(other) for other in busy}
+        token_ids = [rng.randrange(2) for _ in range(rng.randrange(1, 12))]
+        try:
+            assert append(cache, sequence, token_ids) == [*before[sequence.id], *token_ids]
+        except KvCacheFull:
+            assert all(kv.tokens(other) == before[other.id] for other in busy)
+            assert {id for id, text in kv.texts.items() if text} <= set(before), "nobody idle is left"
+    elif busy:
+        sequence = busy.pop(rng.randrange(len(busy)))
+        (cache.release if action == "end" else cache.discard)(sequence)
