@@ -1,0 +1,133 @@
+"""Each example does what it promises, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RunExample = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_example(gateway_url: str) -> RunExample:
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(EXAMPLES / name), *arguments],
+            env=os.environ | {"GALLAMA_URL": f"{gateway_url}/v1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def output_of(run_example: RunExample) -> Callable[..., str]:
+    def run(name: str, *arguments: str) -> str:
+        done = run_example(name, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_every_example_is_tested_here() -> None:
+    source = Path(__file__).read_text()
+    untested = [path.name for path in EXAMPLES.glob("*.py") if f'("{path.name}"' not in source]
+    assert untested == []
+
+
+def test_the_chat_remembers_and_reads_only_what_is_new(output_of: Any) -> None:
+    output = output_of("chat.py")
+    assert [line[:6] for line in output.splitlines() if line.startswith("You:")] == ["You:  "] * 2
+    assert len(re.findall(r"^Model: \S", output, re.MULTILINE)) == 2
+    (_, _), (read, cached) = re.findall(r"\((\d+) tokens read, (\d+) of them from the cache\)", output)
+    assert 0 < int(cached) < int(read)
+
+
+def test_the_stream_comes_in_pieces_that_add_up(output_of: Any) -> None:
+    text, call = output_of("streaming.py").split("\nCall:")
+    (counts,) = re.findall(r"\((\d+) tokens in (\d+) pieces\)", text)
+    assert int(counts[0]) > 1
+    assert int(counts[1]) > 1
+    name, arguments = call.strip().split(" ", 1)
+    assert name == "send_postcard"
+    assert arguments.count("|") > 3
+    assert json.loads(arguments.replace("|", "")).keys() == {"friend", "message"}
+
+
+def test_the_loop_calls_runs_and_answers(output_of: Any) -> None:
+    output = output_of("function_calling.py")
+    calls = re.findall(r"^Call:   get_current_weather\((.*)\)\nResult: (.*)$", output, re.MULTILINE)
+    assert calls
+    for arguments, result in calls:
+        assert json.loads(arguments)["unit"] in ("celsius", "fahrenheit")
+        assert json.loads(result)["location"] == json.loads(arguments)["location"]
+    assert re.search(r"^Answer: \S", output, re.MULTILINE)
+
+
+def test_the_object_fits_the_pydantic_model(output_of: Any) -> None:
+    person, *languages = output_of("json_schema.py").splitlines()
+    assert re.fullmatch(r".{1,30}, \d{1,3}, (a|no) student", person)
+    assert 1 <= len(languages) <= 3
+    for language in languages:
+        assert re.fullmatch(r"  .{1,30}: (beginner|fluent|native)", language)
+
+
+def test_the_answers_match_their_patterns(output_of: Any) -> None:
+    answers = re.findall(r"^  (.*)$", output_of("regex.py"), re.MULTILINE)
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", answers[0])
+    assert answers[1].startswith(("Yes. ", "No. "))
+    assert answers[-1] in ("happy", "sad", "angry")
+
+
+def test_the_first_tool_call_is_guaranteed(output_of: Any, gateway_url: str) -> None:
+    output = output_of("first_tool_call.py", gateway_url, "--wait-for-process", str(os.getpid()))
+    shown = dict(re.findall(r"^(\w+): +(.*)$", output, re.MULTILINE))
+    assert shown["Tool"] == "book_table"
+    schema = {
+        "properties": {
+            "restaurant": {"type": "string", "maxLength": 40},
+            "guests": {"type": "integer", "minimum": 1, "maximum": 12},
+            "time": {"pattern": "^([01][0-9]|2[0-3]):[0-5][0-9]$"},
+            "seats": {"enum": ["inside", "terrace"]},
+        },
+        "required": ["restaurant", "guests", "time", "seats"],
+        "additionalProperties": False,
+    }
+    jsonschema.validate(json.loads(shown["Arguments"]), schema)
+    guarantee = json.loads(shown["Guarantee"])
+    assert (guarantee["kind"], guarantee["valid"], guarantee["complete"]) == ("tools", True, True)
+
+
+@pytest.fixture
+def ended_process_id() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_nobody_waits_for_a_gateway_that_has_ended(run_example: Any, ended_process_id: int) -> None:
+    nowhere = "http://127.0.0.1:1"
+    done = run_example("first_tool_call.py", nowhere, "--wait-for-process", str(ended_process_id))
+    assert done.returncode == 1
+    assert done.stderr == "The gateway has ended before it was ready; its last words above say why.\n"
+
+
+def test_another_server_on_the_same_port_is_not_taken_for_the_gateway(
+    run_example: Any, ended_process_id: int, gateway_url: str
+) -> None:
+    done = run_example("first_tool_call.py", gateway_url, "--wait-for-process", str(ended_process_id))
+    assert done.returncode == 1
+    assert "another server answers" in done.stderr
