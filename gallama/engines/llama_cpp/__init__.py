@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from gallama.engines.llama_cpp.scheduler import (
     TokensAdded,
     Update,
 )
-from gallama.errors import GallamaError, InvalidConfig, UnsupportedValue
+from gallama.errors import GallamaError, InvalidConfig, UnsupportedValue, WorkerUnavailable
 from gallama.generation import EngineStatus, GeneratedChunk, GenerationRequest
 
 # Sequences kept in the cache beside those of the busy slots.
@@ -99,6 +100,7 @@ class LlamaCppEngine:
         )
         self._queues: dict[Job, asyncio.Queue[Update]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closing = False
         self._scheduler = Scheduler(cache, options, self._hand_over)
         self._warm_up()
         self._scheduler.start()
@@ -108,6 +110,8 @@ class LlamaCppEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedChunk, None]:
         assert 0 < len(request.prompt_token_ids) < self.context_length, "the caller checks the length"
+        if self._is_closing:
+            raise WorkerUnavailable("The model is being unloaded.")
         self._loop = asyncio.get_running_loop()
         job = Job(request)
         updates = self._queues[job] = asyncio.Queue()
@@ -135,6 +139,7 @@ class LlamaCppEngine:
         return self._scheduler.status()
 
     async def close(self) -> None:
+        self._is_closing = True
         await asyncio.to_thread(self._scheduler.close)
         self._context.close()
         self._model.close()
@@ -145,7 +150,7 @@ class LlamaCppEngine:
     def _hand_over(self, updates: Sequence[tuple[Job, Update]]) -> None:
         """Called by the scheduler's thread: one wake-up of the event loop for all jobs of a step."""
         assert self._loop is not None, "a job was submitted from a loop"
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._distribute, updates)
 
     def _distribute(self, updates: Sequence[tuple[Job, Update]]) -> None:

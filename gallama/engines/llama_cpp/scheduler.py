@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,18 +57,16 @@ class Ended:
 Update = Started | TokensAdded | Ended | GallamaError
 
 
-class Sink(Protocol):
-    """Takes a step's updates for all jobs at once; called from the scheduler's thread."""
-
-    def __call__(self, updates: Sequence[tuple[Job, Update]]) -> None: ...
-
-
 @dataclass(slots=True, eq=False)
 class Job:
     """A request as the scheduler sees it. `cancelled` may be set from any thread."""
 
     request: GenerationRequest
     cancelled: bool = False
+
+
+Sink = Callable[[Sequence[tuple[Job, Update]]], None]
+"""Takes a step's updates for all jobs at once; called from the scheduler's thread."""
 
 
 @dataclass(slots=True, eq=False)
@@ -159,22 +157,26 @@ class Scheduler:
                 logger.exception("a step broke; %d answers are lost", len(self._slots))
                 self._start_over(GallamaError("The answer could not be generated any further."))
             self._publish()
-        self._fail_all(WorkerUnavailable("The model is being unloaded."))
+        self._end_all()
+
+    def _end_all(self) -> None:
+        """Let everybody know that there will be no more steps, also those who came only now."""
+        error = WorkerUnavailable("The model is being unloaded.")
+        self._fail_all(error)
+        self._receive()
+        for job in self._waiting:
+            self._tell(job, error)
         self._publish()
 
     def _receive(self) -> None:
         """Take new jobs; with nothing to do, sleep until one comes."""
-        may_sleep = not self._slots and not self._waiting and not self._preempted
-        while True:
-            try:
-                job = self._inbox.get(block=may_sleep)
-            except queue.Empty:
-                return
+        has_work = self._slots or self._waiting or self._preempted
+        may_sleep = not has_work and not self._is_closing
+        while may_sleep or not self._inbox.empty():
+            job = self._inbox.get()
             may_sleep = False
             if job is not None:
                 self._waiting.append(job)
-            if self._is_closing:
-                return
 
     def _drop_cancelled(self) -> None:
         self._waiting = deque(job for job in self._waiting if not job.cancelled)
@@ -193,7 +195,7 @@ class Scheduler:
             if self._gains_by_waiting(job):
                 held_back.append(job)
             else:
-                self._start_job(job)
+                self._guard(partial(self._start_job, job), partial(self._tell, job))
         self._waiting.extendleft(reversed(held_back))
 
     def _gains_by_waiting(self, job: Job) -> bool:
@@ -207,16 +209,16 @@ class Scheduler:
 
     def _start_job(self, job: Job) -> None:
         prompt = list(job.request.prompt_token_ids)
-        if _must_repeat(job.request) and not self._slots:
-            self._cache.discard_all()
-        sequence = self._cache.acquire(prompt, reuse=not _must_repeat(job.request))
-        sampler = Sampler(
+        sampler = Sampler(  # first, as it may refuse: there is no sequence to give back yet
             job.request.sampling,
             vocabulary_size=self._options.vocabulary_size,
             context_length=self._options.context_length,
             prompt_token_ids=prompt,
             candidates=self._candidates,
         )
+        if _must_repeat(job.request) and not self._slots:
+            self._cache.discard_all()
+        sequence = self._cache.acquire(prompt, reuse=not _must_repeat(job.request))
         slot = _Slot(
             job=job,
             sequence=sequence,
@@ -225,8 +227,8 @@ class Scheduler:
             prompt_length=len(prompt),
         )
         self._slots.append(slot)
-        self._updates.append((job, Started(cached_prompt_tokens=len(sequence.token_ids))))
-        self._guard(slot, lambda: self._append_forced(slot))
+        self._tell(job, Started(cached_prompt_tokens=len(sequence.token_ids)))
+        self._guard(partial(self._append_forced, slot), partial(self._finish, slot))
 
     def _step(self) -> None:
         """Compute one batch and choose a token for each slot whose pending tokens are all in it."""
@@ -244,12 +246,15 @@ class Scheduler:
             return
         for (slot, _), row in zip(parts, logits, strict=True):
             if row is not None:
-                self._guard(slot, lambda slot=slot, row=row: self._choose(slot, row))  # type: ignore[misc]
+                self._guard(partial(self._choose, slot, row), partial(self._finish, slot))
 
     def _plan(self) -> list[tuple[_Slot, BatchPart]]:
         """Who gets how much of the next batch: writers all they need, then readers, in order."""
         budget = self._options.batch_tokens
-        writers = [slot for slot in self._slots if not slot.is_reading]
+        # Those who need one token come first: a long forced run may take a few steps.
+        writers = sorted(
+            (slot for slot in self._slots if not slot.is_reading), key=lambda slot: slot.pending_count
+        )
         readers = [slot for slot in self._slots if slot.is_reading]
         parts = []
         for slot in writers:
@@ -293,7 +298,7 @@ class Scheduler:
         """Add tokens to the answer, and end it where the grammar or a limit does."""
         slot.token_ids += added.token_ids
         slot.sampler.accept(added.token_ids)
-        self._updates.append((slot.job, added))
+        self._tell(slot.job, added)
         state = slot.job.request.state
         if state is not None and state.status == "must_end":
             self._finish(slot, Ended("stop"))
@@ -301,7 +306,7 @@ class Scheduler:
             self._finish(slot, Ended("length"))
 
     def _finish(self, slot: _Slot, update: Update) -> None:
-        self._updates.append((slot.job, update))
+        self._tell(slot.job, update)
         self._free(slot)
 
     def _free(self, slot: _Slot) -> None:
@@ -324,33 +329,34 @@ class Scheduler:
             return
         self._slots.remove(youngest)
         self._cache.discard(youngest.sequence)
-        self._preempted.append(youngest)
+        self._preempted.appendleft(youngest)  # the others there are younger still
         self._room_was_freed = False
 
     def _resume(self, slot: _Slot) -> None:
         slot.sequence = self._cache.acquire(slot.token_ids)
         self._slots.append(slot)
 
-    def _guard(self, slot: _Slot, action: Callable[[], None]) -> None:
+    def _guard(self, action: Callable[[], None], fail: Callable[[GallamaError], None]) -> None:
         """Keep one job's error from the others. Rust panics are BaseExceptions, too."""
         try:
             action()
         except GallamaError as error:
-            self._finish(slot, error)
+            fail(error)
         except BaseException:
             logger.exception("an answer broke")
-            self._finish(slot, GallamaError("The answer could not be generated any further."))
+            fail(GallamaError("The answer could not be generated any further."))
 
     def _fail_all(self, error: GallamaError) -> None:
         for slot in (*self._slots, *self._preempted):
             self._finish(slot, error)
-        if self._is_closing:
-            self._updates += [(job, error) for job in self._waiting]
 
     def _start_over(self, error: GallamaError) -> None:
         """Give up what is under way, and the cache with it; what waits is not touched."""
         self._fail_all(error)
         self._cache.discard_all()
+
+    def _tell(self, job: Job, update: Update) -> None:
+        self._updates.append((job, update))
 
     def _publish(self) -> None:
         if self._updates:

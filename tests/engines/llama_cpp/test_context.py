@@ -2,78 +2,15 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from gallama.engines.llama_cpp.bindings import KvCacheFull
 from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
+from tests.engines.llama_cpp.memory_kv import MemoryKv
 
 PROMPT = list(range(100, 120))
 OTHER = list(range(200, 220))
 THIRD = list(range(300, 320))
-
-
-class MemoryKv:
-    """A KV cache as llama.cpp's unified one: copies share cells, and a cell is free with its last user.
-
-    The "logits" of a token are all the tokens up to it: what a model would have seen.
-    """
-
-    def __init__(self, cells: int, *, can_forget_partly: bool = True) -> None:
-        self.cells = cells
-        self.computed = 0
-        """Tokens that went through `decode`."""
-        self.texts: dict[int, list[tuple[int, int]]] = {}
-        """By sequence: the (cell, token) at each position."""
-        self._can_forget_partly = can_forget_partly
-        self._next_cell = 0
-        self._rows: list[NDArray[np.float32]] = []
-
-    def decode(
-        self,
-        sequences: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        tokens: NDArray[np.int32],
-        wants_logits: NDArray[np.int8],
-    ) -> None:
-        if self.used_cells + len(tokens) > self.cells:
-            raise KvCacheFull
-        self.computed += len(tokens)
-        self._rows = []
-        for sequence, position, token in zip(sequences, positions, tokens, strict=True):
-            text = self.texts.setdefault(int(sequence), [])
-            assert position == len(text), "a token goes behind the last one"
-            text.append((self._next_cell, int(token)))
-            self._next_cell += 1
-            self._rows.append(np.array([token for _, token in text], dtype=np.float32))
-        self._wants_logits = wants_logits
-
-    def logits(self, batch_index: int) -> NDArray[np.float32]:
-        assert self._wants_logits[batch_index], "logits exist only where the batch asked for them"
-        return self._rows[batch_index]
-
-    def forget(self, sequence: int, from_position: int) -> None:
-        assert self._can_forget_partly or from_position == 0
-        text = self.texts.get(sequence, [])
-        assert from_position <= len(text)
-        del text[from_position:]
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        assert self._can_forget_partly
-        assert not self.texts.get(target), "only an empty sequence is copied to"
-        assert length <= len(self.texts[source])
-        self.texts[target] = self.texts[source][:length]
-
-    def clear(self) -> None:
-        self.texts.clear()
-
-    @property
-    def used_cells(self) -> int:
-        return len({cell for text in self.texts.values() for cell, _ in text})
-
-    def tokens(self, sequence: CachedSequence) -> list[int]:
-        return [token for _, token in self.texts.get(sequence.id, [])]
 
 
 def make(*, cells: int = 1000, sequences: int = 4, partly: bool = True) -> tuple[SequenceCache, MemoryKv]:
@@ -125,7 +62,7 @@ def test_without_reuse_a_sequence_is_empty() -> None:
     cache, kv = make()
     read_and_leave(cache, PROMPT)
     sequence = cache.acquire(PROMPT, reuse=False)
-    assert sequence.token_ids == kv.tokens(sequence) == []
+    assert sequence.token_ids == kv.tokens(sequence.id) == []
 
 
 def test_what_goes_on_from_an_idle_sequence_takes_it_over() -> None:
@@ -133,8 +70,8 @@ def test_what_goes_on_from_an_idle_sequence_takes_it_over() -> None:
     first = read_and_leave(cache, PROMPT)
     second = read(cache, [*PROMPT, 1, 2])
     assert second is first
-    assert kv.computed == len(PROMPT) + 2
-    assert kv.tokens(second) == second.token_ids == [*PROMPT, 1, 2]
+    assert kv.computed_tokens == len(PROMPT) + 2
+    assert kv.tokens(second.id) == second.token_ids == [*PROMPT, 1, 2]
 
 
 def test_what_shares_little_of_an_idle_sequence_copies_it() -> None:
@@ -142,7 +79,7 @@ def test_what_shares_little_of_an_idle_sequence_copies_it() -> None:
     first = read_and_leave(cache, PROMPT)
     second = read(cache, [*PROMPT[:5], 1, 2])
     assert second is not first
-    assert kv.tokens(first) == PROMPT
+    assert kv.tokens(first.id) == PROMPT
     assert kv.used_cells == len(PROMPT) + 2, "a copy shares its cells"
 
 
@@ -151,8 +88,8 @@ def test_a_busy_sequence_is_copied_never_taken_over() -> None:
     busy = read(cache, PROMPT)
     second = read(cache, [*PROMPT, 1])
     assert second is not busy
-    assert kv.tokens(busy) == busy.token_ids == PROMPT
-    assert kv.computed == len(PROMPT) + 1
+    assert kv.tokens(busy.id) == busy.token_ids == PROMPT
+    assert kv.computed_tokens == len(PROMPT) + 1
 
 
 def test_the_logits_are_those_after_all_tokens_of_the_sequence() -> None:
@@ -171,7 +108,7 @@ def test_a_batch_appends_to_many_sequences() -> None:
     assert logits[0] is None
     assert logits[1] is not None
     assert logits[1].tolist() == OTHER
-    assert kv.tokens(one) == PROMPT[:3]
+    assert kv.tokens(one.id) == PROMPT[:3]
 
 
 def test_the_least_recently_used_idle_sequence_makes_room() -> None:
@@ -180,9 +117,9 @@ def test_the_least_recently_used_idle_sequence_makes_room() -> None:
     newer = read_and_leave(cache, OTHER)
     third = read_and_leave(cache, THIRD)
     read_and_leave(cache, [*PROMPT, 1])  # used again, so that the one after it is the oldest now
-    assert kv.tokens(oldest) == [*PROMPT, 1]
-    assert kv.tokens(newer) == []
-    assert kv.tokens(third) == THIRD
+    assert kv.tokens(oldest.id) == [*PROMPT, 1]
+    assert kv.tokens(newer.id) == []
+    assert kv.tokens(third.id) == THIRD
 
 
 def test_busy_sequences_are_never_evicted() -> None:
@@ -190,8 +127,8 @@ def test_busy_sequences_are_never_evicted() -> None:
     one, other = read(cache, PROMPT), read(cache, OTHER)
     with pytest.raises(KvCacheFull):
         append(cache, one, [1] * 6)
-    assert kv.tokens(one) == one.token_ids == PROMPT
-    assert kv.tokens(other) == other.token_ids == OTHER
+    assert kv.tokens(one.id) == one.token_ids == PROMPT
+    assert kv.tokens(other.id) == other.token_ids == OTHER
 
 
 def test_a_discarded_sequence_gives_its_room_back() -> None:
@@ -199,7 +136,7 @@ def test_a_discarded_sequence_gives_its_room_back() -> None:
     one, other = read(cache, PROMPT), read(cache, OTHER)
     cache.discard(other)
     append(cache, one, [1] * 6)
-    assert kv.tokens(one) == [*PROMPT, *[1] * 6]
+    assert kv.tokens(one.id) == [*PROMPT, *[1] * 6]
     assert other.token_ids == []
 
 
@@ -242,10 +179,10 @@ def test_whatever_happens_the_cache_knows_what_it_holds(partly: bool) -> None:
         busy: list[CachedSequence] = []
         for _ in range(60):
             _change_something(cache, kv, busy, rng)
-            assert cache.cached_tokens == sum(map(len, kv.texts.values()))
+            assert cache.cached_tokens == kv.held_tokens
             for sequence in busy:
                 assert sequence.is_busy
-                assert kv.tokens(sequence) == sequence.token_ids
+                assert kv.tokens(sequence.id) == sequence.token_ids
 
 
 def _change_something(
@@ -262,13 +199,13 @@ def _change_something(
         busy.append(sequence)
     elif action == "grow" and busy:
         sequence = rng.choice(busy)
-        before = {other.id: kv.tokens(other) for other in busy}
+        before = {other.id: kv.tokens(other.id) for other in busy}
         token_ids = [rng.randrange(2) for _ in range(rng.randrange(1, 12))]
         try:
             assert append(cache, sequence, token_ids) == [*before[sequence.id], *token_ids]
         except KvCacheFull:
-            assert all(kv.tokens(other) == before[other.id] for other in busy)
-            assert {id for id, text in kv.texts.items() if text} <= set(before), "nobody idle is left"
+            assert all(kv.tokens(other.id) == before[other.id] for other in busy)
+            assert kv.filled_sequences <= set(before), "nobody idle is left"
     elif busy:
         sequence = busy.pop(rng.randrange(len(busy)))
         (cache.release if action == "end" else cache.discard)(sequence)

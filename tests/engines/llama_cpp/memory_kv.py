@@ -1,0 +1,96 @@
+"""A KV cache in memory, with a model that is a function: what llama.cpp does, without llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gallama.engines.llama_cpp.bindings import DecodeFailed, KvCacheFull
+
+
+class MemoryKv:
+    """Works as llama.cpp's unified cache: copies share cells, and a cell is free with its last user."""
+
+    def __init__(
+        self,
+        cells: int,
+        *,
+        can_forget_partly: bool = True,
+        model: Callable[[Sequence[int]], NDArray[np.float32]] = lambda tokens: np.array(tokens, np.float32),
+    ) -> None:
+        """
+        Args:
+            model: the logits after some tokens; if not given the tokens themselves, to see what it saw.
+        """
+        self.cells = cells
+        self.batches: list[list[int]] = []
+        """The sequence of each token, by batch."""
+        self.is_broken = False
+        self._can_forget_partly = can_forget_partly
+        self._model = model
+        self._texts: dict[int, list[tuple[int, int]]] = {}
+        """By sequence: the (cell, token) at each position."""
+        self._next_cell = 0
+        self._rows: list[NDArray[np.float32] | None] = []
+
+    def decode(
+        self,
+        sequences: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        wants_logits: NDArray[np.int8],
+    ) -> None:
+        if self.is_broken:
+            raise DecodeFailed
+        if self.used_cells + len(tokens) > self.cells:
+            raise KvCacheFull
+        self.batches.append(sequences.tolist())
+        self._rows = []
+        for sequence, position, token, wanted in zip(sequences, positions, tokens, wants_logits, strict=True):
+            text = self._texts.setdefault(int(sequence), [])
+            assert position == len(text), "a token goes behind the last one"
+            text.append((self._next_cell, int(token)))
+            self._next_cell += 1
+            self._rows.append(self._model(self.tokens(int(sequence))) if wanted else None)
+
+    def logits(self, batch_index: int) -> NDArray[np.float32]:
+        row = self._rows[batch_index]
+        assert row is not None, "logits exist only where the batch asked for them"
+        return row
+
+    def forget(self, sequence: int, from_position: int) -> None:
+        assert self._can_forget_partly or from_position == 0
+        text = self._texts.get(sequence, [])
+        assert from_position <= len(text)
+        del text[from_position:]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert self._can_forget_partly
+        assert not self._texts.get(target), "only an empty sequence is copied to"
+        assert length <= len(self._texts[source])
+        self._texts[target] = self._texts[source][:length]
+
+    def clear(self) -> None:
+        self._texts.clear()
+
+    def tokens(self, sequence: int) -> list[int]:
+        return [token for _, token in self._texts.get(sequence, [])]
+
+    @property
+    def filled_sequences(self) -> set[int]:
+        return {sequence for sequence, text in self._texts.items() if text}
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in all sequences, those of shared cells counted for each."""
+        return sum(map(len, self._texts.values()))
+
+    @property
+    def used_cells(self) -> int:
+        return len({cell for text in self._texts.values() for cell, _ in text})
+
+    @property
+    def computed_tokens(self) -> int:
+        return sum(map(len, self.batches))

@@ -1,0 +1,374 @@
+"""The scheduler over a model of a few lines, so exact that every answer can be computed beforehand."""
+
+from __future__ import annotations
+
+import queue
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gallama.engines.llama_cpp.context import SequenceCache
+from gallama.engines.llama_cpp.scheduler import (
+    PROMPT_TOKENS_BESIDE_WRITERS,
+    WORTH_WAITING_TOKENS,
+    Ended,
+    Job,
+    Scheduler,
+    SchedulerOptions,
+    Started,
+    TokensAdded,
+    Update,
+)
+from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
+from gallama.generation import EndReason, GenerationRequest, SamplingSettings, State, StateStatus
+from tests.engines.llama_cpp.memory_kv import MemoryKv
+
+SIZE = 40
+END = 39
+GREEDY = SamplingSettings(temperature=0)
+WITHOUT_END = SamplingSettings(temperature=0, logit_bias={END: -1e6})
+ENDLESS = 10**9
+SECONDS = 20
+
+
+def logits_after(token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """A model: what comes next depends on every token and its place."""
+    state = 1
+    for token in token_ids:
+        state = (state * 31 + token + 7) % 1_000_003
+    return np.array([(state * (token + 3)) % 1009 for token in range(SIZE)], dtype=np.float32)
+
+
+class Runs:
+    """A grammar that forces a run of tokens after each few free ones, and ends after the last run."""
+
+    def __init__(self, runs: Sequence[Sequence[int]], *, free: int = 2) -> None:
+        self._runs = runs
+        self._free = free
+        self._choices = free
+        self._place = (0, 0)
+
+    @property
+    def status(self) -> StateStatus:
+        return "must_end" if self._place[0] == len(self._runs) else "running"
+
+    def mask(self, out: NDArray[np.int32]) -> bool:
+        assert not self.forced(), "what is forced needs no mask"
+        out[:] = -1
+        out[1] &= ~(1 << (END - 32))
+        return True
+
+    def accepts(self, token_ids: Sequence[int]) -> int:
+        raise NotImplementedError
+
+    def advance(self, token_ids: Sequence[int]) -> int:
+        for token in token_ids:
+            if self._choices:
+                self._choices -= 1
+                continue
+            run, index = self._place
+            assert token == self._runs[run][index]
+            if index + 1 < len(self._runs[run]):
+                self._place = run, index + 1
+            else:
+                self._place, self._choices = (run + 1, 0), self._free
+        return len(token_ids)
+
+    def forced(self) -> list[int]:
+        run, index = self._place
+        return [] if self._choices else list(self._runs[run][index:])
+
+    def rollback(self, count: int) -> None:
+        raise NotImplementedError
+
+    def clone(self) -> State:
+        raise NotImplementedError
+
+
+class Broken(Runs):
+    """A grammar that fails at its first mask."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__([[1]])
+        self._error = error
+
+    def mask(self, out: NDArray[np.int32]) -> bool:
+        raise self._error
+
+
+class Board:
+    """A scheduler, and what it has said of each job."""
+
+    def __init__(self, *, cells: int = ENDLESS, slots: int = 4, batch_tokens: int = 64) -> None:
+        self.kv = MemoryKv(cells, model=logits_after)
+        self.cache = SequenceCache(self.kv, sequences=slots + 3, can_forget_partly=True)
+        options = SchedulerOptions(
+            slots=slots,
+            batch_tokens=batch_tokens,
+            vocabulary_size=SIZE,
+            context_length=1000,
+            end_token_ids=frozenset({END}),
+        )
+        self._inbox: queue.SimpleQueue[Sequence[tuple[Job, Update]]] = queue.SimpleQueue()
+        self.scheduler = Scheduler(self.cache, options, self._inbox.put)
+        self._updates: dict[Job, list[Update]] = {}
+
+    def submit(self, request: GenerationRequest) -> Job:
+        job = Job(request)
+        self._updates[job] = []
+        self.scheduler.submit(job)
+        return job
+
+    def updates(self, job: Job) -> list[Update]:
+        """Everything that is said of a job, once it has ended."""
+        while not any(isinstance(update, Ended | GallamaError) for update in self._updates[job]):
+            self.listen()
+        return self._updates[job]
+
+    def listen(self) -> None:
+        for job, update in self._inbox.get(timeout=SECONDS):
+            self._updates[job].append(update)
+
+    def cached_prompt_tokens(self, job: Job) -> int:
+        started = self.updates(job)[0]
+        assert isinstance(started, Started)
+        return started.cached_prompt_tokens
+
+    def wait_for_tokens(self, job: Job) -> None:
+        while not self.said_so_far(job):
+            self.listen()
+
+    def answer(self, job: Job) -> tuple[list[int], EndReason]:
+        *added, end = self.updates(job)
+        assert isinstance(added.pop(0), Started)
+        assert isinstance(end, Ended), end
+        return _tokens(added), end.reason
+
+    def said_so_far(self, job: Job) -> list[int]:
+        return _tokens(self._updates[job])
+
+    def wait_until_idle(self) -> None:
+        deadline = time.monotonic() + SECONDS
+        while self.scheduler.status().busy_slots or self.scheduler.status().waiting:
+            assert time.monotonic() < deadline, self.scheduler.status()
+            time.sleep(0.001)
+
+
+def _tokens(updates: Sequence[Update]) -> list[int]:
+    return [token for update in updates if isinstance(update, TokensAdded) for token in update.token_ids]
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    yield from _running(Board())
+
+
+def _running(board: Board) -> Iterator[Board]:
+    board.scheduler.start()
+    yield board
+    board.scheduler.close()
+
+
+def request(prompt: Sequence[int], *, max_tokens: int = 10, **fields: Any) -> GenerationRequest:
+    fields.setdefault("sampling", GREEDY)
+    return GenerationRequest(prompt_token_ids=prompt, max_tokens=max_tokens, **fields)
+
+
+def expected_answer(
+    prompt: Sequence[int], max_tokens: int, runs: Sequence[Sequence[int]] = (), free: int = 2
+) -> tuple[list[int], EndReason]:
+    """What the toy model says, worked out token by token."""
+    state = Runs(runs, free=free) if runs else None
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens:
+        logits = logits_after(tokens)
+        if state is not None:
+            logits[END] = -1
+        forced = [] if state is None else state.forced()
+        token = forced[0] if forced else int(logits.argmax())
+        if token == END:
+            return tokens[len(prompt) :], "stop"
+        tokens.append(token)
+        if state is not None:
+            state.advance([token])
+            if state.status == "must_end":
+                return tokens[len(prompt) :], "stop"
+    return tokens[len(prompt) :], "length"
+
+
+def test_an_answer_is_what_the_model_says(board: Board) -> None:
+    for length in range(1, 30):
+        prompt = list(range(length))
+        assert board.answer(board.submit(request(prompt))) == expected_answer(prompt, 10)
+
+
+def test_forced_runs_stand_between_what_is_chosen(board: Board) -> None:
+    runs = [[1, 2, 3], list(range(30)), [5]]
+    job = board.submit(request([1, 2], max_tokens=100, state=Runs(runs)))
+    assert board.answer(job) == expected_answer([1, 2], 100, runs)
+    added = [update for update in board.updates(job) if isinstance(update, TokensAdded)]
+    assert [list(update.token_ids) for update in added if update.were_forced] == runs
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 12))
+def test_a_limit_holds_also_in_the_middle_of_a_forced_run(board: Board, max_tokens: int) -> None:
+    job = board.submit(request([1, 2], max_tokens=max_tokens, state=Runs([[1, 2, 3], [4, 5, 6, 7]])))
+    answer, _ = board.answer(job)
+    assert answer == expected_answer([1, 2], max_tokens, [[1, 2, 3], [4, 5, 6, 7]])[0]
+    assert len(answer) == min(max_tokens, 11)
+
+
+def test_an_answer_that_is_forced_as_a_whole_needs_no_computation(board: Board) -> None:
+    job = board.submit(request([1, 2], state=Runs([[1, 2, 3]], free=0)))
+    assert board.answer(job) == ([1, 2, 3], "stop")
+    assert board.kv.batches == []
+
+
+@pytest.mark.parametrize("cells", [70, 120, ENDLESS])
+@pytest.mark.parametrize("batch_tokens", [8, 64])
+def test_answers_do_not_depend_on_company_cancellations_or_room(cells: int, batch_tokens: int) -> None:
+    """Many random jobs, some of them given up, in a cache that may be far too small for all."""
+    rng = random.Random(cells + batch_tokens)
+    for _ in range(4):
+        for board in _running(Board(cells=cells, batch_tokens=batch_tokens)):
+            _run_random_jobs(board, rng)
+            board.wait_until_idle()
+            assert not any(sequence.is_busy for sequence in board.cache._sequences)
+
+
+def _run_random_jobs(board: Board, rng: random.Random) -> None:
+    stems = [[rng.randrange(SIZE) for _ in range(30)] for _ in range(3)]
+    expected: dict[Job, tuple[list[int], EndReason]] = {}
+    given_up: set[Job] = set()
+    for _ in range(30):
+        prompt = [*rng.choice(stems)[: rng.randrange(1, 30)], rng.randrange(SIZE)]
+        max_tokens = rng.randrange(1, 30)
+        runs = [[rng.randrange(38)] * rng.randrange(1, 12) for _ in range(rng.randrange(4))]
+        state = Runs(runs) if runs else None
+        job = board.submit(request(prompt, max_tokens=max_tokens, state=state))
+        expected[job] = expected_answer(prompt, max_tokens, runs)
+        if rng.random() < 0.3:
+            given_up.add(job)
+            board.scheduler.cancel(rng.choice(list(given_up)))
+        kept = [other for other in expected if other not in given_up]
+        if kept and rng.random() < 0.3:
+            board.answer(rng.choice(kept))
+    for job in given_up:
+        board.scheduler.cancel(job)
+    for job, answer in expected.items():
+        if job not in given_up:
+            assert board.answer(job) == answer
+    for job in given_up:
+        said = board.said_so_far(job)
+        assert said == expected[job][0][: len(said)]
+
+
+def test_more_jobs_than_slots_wait_in_line() -> None:
+    for board in _running(Board(slots=1)):
+        jobs = [board.submit(request([number, 1])) for number in range(5)]
+        board.answer(jobs[4])
+        ended = [job for job in board._updates if isinstance(board._updates[job][-1], Ended)]
+        assert ended == jobs
+
+
+def test_a_prompt_that_another_job_reads_is_read_once(board: Board) -> None:
+    prompt = [token % 38 for token in range(400)]
+    jobs = [board.submit(request(prompt, max_tokens=1)) for _ in range(3)]
+    for job in jobs:
+        assert board.answer(job) == expected_answer(prompt, 1)
+    nearly_nothing = 2 * WORTH_WAITING_TOKENS
+    assert board.kv.computed_tokens <= len(prompt) + nearly_nothing
+    assert min(board.cached_prompt_tokens(job) for job in jobs[1:]) >= len(prompt) - nearly_nothing
+
+
+def test_a_long_prompt_is_read_in_pieces_while_others_write() -> None:
+    board = Board(batch_tokens=200)
+    board.submit(request([7], max_tokens=100, sampling=WITHOUT_END))
+    reader = board.submit(request([3] * 1000, max_tokens=1))
+    for _ in _running(board):
+        board.answer(reader)
+        first, *shared_batches = [batch for batch in board.kv.batches if len(set(batch)) == 2]
+        assert len(first) == 200, "nobody writes yet, so the batch is filled"
+        assert len(shared_batches) >= 800 // PROMPT_TOKENS_BESIDE_WRITERS
+        assert max(map(len, shared_batches)) <= PROMPT_TOKENS_BESIDE_WRITERS + 1
+
+
+def test_everybody_writes_on_where_others_fill_the_batch_with_forced_runs() -> None:
+    board = Board(slots=4, batch_tokens=8)
+    eager = [board.submit(request([n], max_tokens=400, state=Runs([[1] * 100] * 3))) for n in range(3)]
+    modest = board.submit(request([9], max_tokens=20, sampling=WITHOUT_END))
+    for _ in _running(board):
+        board.answer(modest)
+        assert all(3 in batch for batch in board.kv.batches[:20]), "each step brings a token"
+        for job in eager:
+            board.answer(job)
+
+
+@pytest.mark.parametrize(
+    "error", [ConstraintFailed("too deep"), ZeroDivisionError("a bug"), BaseException("a Rust panic")]
+)
+def test_a_grammar_that_breaks_ends_only_its_own_answer(
+    board: Board, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    others = [board.submit(request([number, 2])) for number in range(2)]
+    broken = board.submit(request([5], state=Broken(error)))
+    end = board.updates(broken)[-1]
+    assert isinstance(end, GallamaError)
+    assert isinstance(end, ConstraintFailed) == isinstance(error, ConstraintFailed)
+    assert "bug" not in end.message, "the client hears nothing of our insides"
+    for number, job in enumerate(others):
+        assert board.answer(job) == expected_answer([number, 2], 10)
+    board.wait_until_idle()
+
+
+def test_a_job_that_cannot_start_hears_of_it_and_nobody_else_does(board: Board) -> None:
+    nonsense = SamplingSettings(logit_bias={1: "much"})  # type: ignore[dict-item]
+    other = board.submit(request([1], max_tokens=30))
+    broken = board.submit(request([2], sampling=nonsense))
+    assert isinstance(board.updates(broken)[-1], GallamaError)
+    assert board.answer(other) == expected_answer([1], 30)
+    assert board.answer(board.submit(request([3]))) == expected_answer([3], 10)
+    board.wait_until_idle()
+
+
+def test_a_failed_computation_ends_what_is_under_way_and_the_next_job_works(
+    board: Board, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = board.submit(request([1], max_tokens=ENDLESS, sampling=WITHOUT_END))
+    board.wait_for_tokens(job)
+    board.kv.is_broken = True
+    assert isinstance(board.updates(job)[-1], GallamaError)
+    board.kv.is_broken = False
+    assert board.answer(board.submit(request([1]))) == expected_answer([1], 10)
+
+
+def test_a_sequence_that_does_not_fit_the_cache_alone_ends_in_an_error() -> None:
+    for board in _running(Board(cells=20)):
+        end = board.updates(board.submit(request([1], max_tokens=50, sampling=WITHOUT_END)))[-1]
+        assert isinstance(end, GallamaError)
+        assert "cache_size" in end.message
+
+
+def test_jobs_under_way_waiting_and_unseen_hear_that_the_model_goes() -> None:
+    board = Board(slots=1)
+    board.scheduler.start()
+    running = board.submit(request([1], max_tokens=ENDLESS, sampling=WITHOUT_END))
+    board.wait_for_tokens(running)
+    others = [board.submit(request([2])) for _ in range(50)]
+    board.scheduler.close()
+    for job in (running, *others):
+        assert isinstance(board.updates(job)[-1], WorkerUnavailable)
+
+
+def test_what_repeats_by_its_seed_neither_reuses_nor_waits(board: Board) -> None:
+    prompt = [token % 38 for token in range(100)]
+    seeded = SamplingSettings(temperature=1, seed=7)
+    first = board.submit(request(prompt, sampling=seeded))
+    again = board.submit(request(prompt, sampling=seeded))
+    assert board.answer(first) == board.answer(again)
+    assert board.cached_prompt_tokens(first) == board.cached_prompt_tokens(again) == 0
