@@ -49,9 +49,15 @@ class RunningGateway:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[RunningGateway]:
-    """Serve the embedded model on a free port; at the end no process of it may be left."""
-    command = [sys.executable, "-m", "gallama", "serve", "-id", f"model_id={MODEL}", "--port", "0", *flags]
+def serving(folder: Path, *flags: str, settings: str = "") -> Iterator[RunningGateway]:
+    """Serve the embedded model on a free port; at the end no process of it may be left.
+
+    Args:
+        flags: more flags of `gallama serve`.
+        settings: more of the model's `-id`, as in "max_seq_len=512".
+    """
+    model = f"model_id={MODEL} {settings}"
+    command = [sys.executable, "-m", "gallama", "serve", "-id", model, "--port", "0", *flags]
     log_file = folder / "gateway.log"
     with (
         log_file.open("w") as log,
@@ -66,6 +72,9 @@ def serving(folder: Path, *flags: str) -> Iterator[RunningGateway]:
             _stop(gateway)
         finally:
             process.kill()
+
+
+ServingGateway = Callable[..., contextlib.AbstractContextManager[RunningGateway]]
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -120,13 +129,19 @@ def client(gateway_url: str) -> Iterator[OpenAI]:
         yield openai_client
 
 
+@pytest.fixture(scope="session")
+def serving_gateway() -> ServingGateway:
+    """`serving`, for fixtures that tests of one file share."""
+    return serving
+
+
 @pytest.fixture
 def start_gateway(tmp_path: Path) -> Iterator[Callable[..., RunningGateway]]:
-    """Starts gateways of the test's own, with more flags of `gallama serve`, and ends them after it."""
+    """Starts gateways of the test's own, with the arguments of `serving`, and ends them after it."""
     with contextlib.ExitStack() as stack:
 
-        def start(*flags: str) -> RunningGateway:
-            return stack.enter_context(serving(tmp_path, *flags))
+        def start(*flags: str, settings: str = "") -> RunningGateway:
+            return stack.enter_context(serving(tmp_path, *flags, settings=settings))
 
         yield start
 
