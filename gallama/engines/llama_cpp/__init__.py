@@ -23,7 +23,7 @@ from gallama.engines.llama_cpp.scheduler import (
     TokensAdded,
     Update,
 )
-from gallama.errors import GallamaError, InvalidConfig, UnsupportedValue, WorkerUnavailable
+from gallama.errors import GallamaError, InvalidConfig, WorkerUnavailable
 from gallama.generation import EngineStatus, GeneratedChunk, GenerationRequest
 
 # Sequences kept in the cache beside those of the busy slots.
@@ -39,7 +39,6 @@ class LlamaCppOptions(BaseModel, extra="forbid", frozen=True):
     n_threads: int | None = Field(None, ge=1, le=1024)
     n_threads_batch: int | None = Field(None, ge=1, le=1024)
     n_gpu_layers: int = Field(-1, ge=-1)
-    main_gpu: int = Field(0, ge=0)
     offload_kqv: bool = True
     flash_attn: bool | None = None
     use_mmap: bool = True
@@ -56,6 +55,7 @@ def load(spec: ModelSpec, path: Path) -> LlamaCppEngine:
         ModelLoadFailed: llama.cpp refused the file, or there is too little memory.
     """
     options = _read_options(spec)
+    _check_slots(spec, options)
     bindings.initialize()
     model = bindings.NativeModel(path, _model_options(spec, options))
     context_length = _context_length(spec, model)
@@ -178,7 +178,7 @@ class _TextAssembler:
         text, count = "", 0
         for token_id in added.token_ids:
             if token_id in self._visible_names:
-                yield from self._text_chunk(text, count, added)
+                yield from self._text_chunk(text + self.rest(), count, added)
                 yield self._control_chunk(token_id, added)
                 text, count = "", 0
             else:
@@ -187,14 +187,16 @@ class _TextAssembler:
         yield from self._text_chunk(text, count, added)
 
     def rest(self) -> str:
-        """What is left of a character that was never finished."""
+        """What is left of a character that will not be finished."""
         return self._decoder.decode(b"", final=True)
 
     def _text_chunk(self, text: str, count: int, added: TokensAdded) -> Iterator[GeneratedChunk]:
-        if count:
-            sampled, forced = (0, count) if added.were_forced else (count, 0)
+        if count or text:
             yield GeneratedChunk(
-                text=text, logprobs=added.logprobs, sampled_tokens=sampled, forced_tokens=forced
+                text=text,
+                logprobs=added.logprobs if count else (),
+                sampled_tokens=0 if added.were_forced else count,
+                forced_tokens=count if added.were_forced else 0,
             )
 
     def _control_chunk(self, token_id: int, added: TokensAdded) -> GeneratedChunk:
@@ -218,18 +220,35 @@ def _read_options(spec: ModelSpec) -> LlamaCppOptions:
         ) from error
 
 
-def _model_options(spec: ModelSpec, options: LlamaCppOptions) -> bindings.ModelOptions:
-    split: tuple[float, ...] = () if isinstance(spec.gpus, str) else tuple(spec.gpus)
-    layers = 0 if split and not any(split) else options.n_gpu_layers
-    if any(split) and not bindings.supports_gpus():
+def _check_slots(spec: ModelSpec, options: LlamaCppOptions) -> None:
+    slots = spec.max_concurrent_requests
+    if slots + _IDLE_SEQUENCES > bindings.max_sequences():
         raise InvalidConfig(
-            "`gpus` names GPUs, but this build of llama.cpp has no GPU support. Install llama-cpp-python"
-            " built for your GPU, or leave `gpus` out to run on the CPU."
+            f"`max_concurrent_requests` is {slots}; the llama_cpp backend takes at most"
+            f" {bindings.max_sequences() - _IDLE_SEQUENCES}."
         )
+    if slots > options.n_batch:
+        raise InvalidConfig(
+            f"`backend_extra_args.n_batch` is {options.n_batch}, but a batch must hold a token of each"
+            f" request, and `max_concurrent_requests` is {slots}."
+        )
+
+
+def _model_options(spec: ModelSpec, options: LlamaCppOptions) -> bindings.ModelOptions:
+    gigabytes = () if isinstance(spec.gpus, str) else spec.gpus
+    if (any(gigabytes) or options.n_gpu_layers > 0) and not bindings.supports_gpus():
+        raise InvalidConfig(
+            "`gpus` or `n_gpu_layers` asks for a GPU, but this build of llama.cpp has no GPU support. Install"
+            " llama-cpp-python built for your GPU, or leave both out to run on the CPU."
+        )
+    if len(gigabytes) > bindings.max_gpus():
+        raise InvalidConfig(
+            f"`gpus` names {len(gigabytes)} GPUs; llama.cpp takes at most {bindings.max_gpus()}."
+        )
+    hides_all_gpus = bool(gigabytes) and not any(gigabytes)
     return bindings.ModelOptions(
-        gpu_layers=layers,
-        gpu_split=split,
-        main_gpu=options.main_gpu,
+        gpu_layers=0 if hides_all_gpus else options.n_gpu_layers,
+        gpu_split=gigabytes,
         use_mmap=options.use_mmap,
         use_mlock=options.use_mlock,
     )
@@ -241,9 +260,12 @@ def _context_options(
     threads = options.n_threads or usable_cores()
     cache_quant = spec.cache_quant or "FP16"
     if cache_quant not in bindings.CACHE_TYPES:
-        raise UnsupportedValue(
-            f"`cache_quant={cache_quant}`: llama.cpp has {', '.join(bindings.CACHE_TYPES)}.",
-            param="cache_quant",
+        raise InvalidConfig(
+            f"`cache_quant` is {cache_quant}; llama.cpp has {', '.join(bindings.CACHE_TYPES)}."
+        )
+    if options.flash_attn is False and cache_quant != "FP16":
+        raise InvalidConfig(
+            f"`cache_quant` is {cache_quant}, which needs flash attention; leave `flash_attn` out."
         )
     flash_attention = options.flash_attn
     if flash_attention is None:
@@ -265,7 +287,7 @@ def _context_options(
 
 
 def _context_length(spec: ModelSpec, model: bindings.NativeModel) -> int:
-    """The longest sequence: what the spec says, bounded by what the model was trained for."""
+    """The longest sequence: what the spec says, else what the model was trained for and the cache holds."""
     if spec.max_seq_len is None:
         return min(model.trained_context_length, spec.cache_size or model.trained_context_length)
     return spec.max_seq_len

@@ -57,13 +57,22 @@ def supports_gpus() -> bool:
     return bool(lib.llama_supports_gpu_offload())
 
 
+def max_sequences() -> int:
+    """Sequences that one context may have."""
+    return int(lib.llama_max_parallel_sequences())
+
+
+def max_gpus() -> int:
+    """GPUs that a model may be split over."""
+    return int(lib.llama_max_devices())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     gpu_layers: int
     """Layers on the GPU; -1: all."""
     gpu_split: tuple[float, ...] = ()
     """Share of the model on each visible GPU, in any unit."""
-    main_gpu: int = 0
     use_mmap: bool = True
     use_mlock: bool = False
 
@@ -91,9 +100,8 @@ class NativeModel:
     def __init__(self, path: Path, options: ModelOptions) -> None:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
-        params.main_gpu = options.main_gpu
         params.load_mode = _load_mode(options)
-        split = (ctypes.c_float * max(lib.llama_max_devices(), 1))(*options.gpu_split)
+        split = (ctypes.c_float * max(max_gpus(), 1))(*options.gpu_split)
         if options.gpu_split:
             params.tensor_split = split
         self._pointer = lib.llama_model_load_from_file(str(path).encode(), params)
@@ -211,8 +219,8 @@ class NativeContext:
         self._pointer = lib.llama_init_from_model(model.pointer, params)
         if not self._pointer:
             raise ModelLoadFailed(
-                f"llama.cpp could not make a context of {options.cells} tokens; there may be too little"
-                " memory. Set a smaller `cache_size`."
+                f"llama.cpp could not make a context of {options.cells} tokens; its log lines say"
+                " why. Where memory is short, set a smaller `cache_size`."
             )
         self._memory = lib.llama_get_memory(self._pointer)
         self.cells: int = lib.llama_n_ctx(self._pointer)
