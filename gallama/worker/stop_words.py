@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 
 class StopWords:
-    """Lets text through up to the first stop word; holds back only what may yet become one."""
+    """Lets text through up to the first stop word; holds back only what may yet become one.
+
+    The first is the one that is complete first, and of those complete at once the longest. So the result
+    does not depend on where the text is cut.
+    """
 
     def __init__(self, words: Sequence[str], *, keep_word: bool) -> None:
         """
@@ -15,9 +18,7 @@ class StopWords:
             words: none of them empty.
             keep_word: whether the word that is found is let through as well.
         """
-        # Of two words that begin at one place the one given first is found; so the longer goes first.
-        longest_first = sorted(words, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if words else None
+        self._words = tuple(words)
         self._starts = {word[:length] for word in words for length in range(1, len(word))}
         self._longest_start = max(map(len, self._starts), default=0)
         self._keep_word = keep_word
@@ -26,13 +27,14 @@ class StopWords:
 
     def feed(self, text: str) -> str:
         """The text that is certain to stand in front of any stop word; nothing once one was found."""
-        if self._pattern is None or self.found:
-            return "" if self.found else text
+        if self.found:
+            return ""
         text = self._held_back + text
-        match = self._pattern.search(text)
-        if match:
+        places = [(start + len(word), start) for word in self._words if (start := text.find(word)) >= 0]
+        if places:
             self.found = True
-            return text[: match.end() if self._keep_word else match.start()]
+            end, start = min(places)
+            return text[: end if self._keep_word else start]
         kept = len(text) - self._possible_start(text)
         self._held_back = text[kept:]
         return text[:kept]
