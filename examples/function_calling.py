@@ -40,16 +40,25 @@ TOOLS: list[ChatCompletionToolParam] = [
         },
     }
 ]
-# A call, what the model prefers, an answer: so there is at least one call, and the loop ends.
-TOOL_CHOICES: tuple[Literal["required", "auto", "none"], ...] = ("required", "auto", "none")
+# First a call, then an answer. Put "auto" between them to let a larger model decide, once for each "auto".
+TOOL_CHOICES: tuple[Literal["required", "auto", "none"], ...] = ("required", "none")
 
 client = OpenAI(base_url=URL, api_key=os.environ.get("OPENAI_API_KEY", "none"))
-messages: list[Any] = [{"role": "user", "content": "What's the weather like in Boston today?"}]
-print(f"User:   {messages[0]['content']}")
+question = "What's the weather like in Boston today?"
+messages: list[Any] = [
+    {"role": "system", "content": "You are a helpful weather reporter. Report what the tools say."},
+    {"role": "user", "content": question},
+]
+print(f"User:   {question}")
 
 for tool_choice in TOOL_CHOICES:
     completion = client.chat.completions.create(
-        model=MODEL, messages=messages, tools=TOOLS, tool_choice=tool_choice, max_tokens=300
+        model=MODEL,
+        messages=messages,
+        tools=TOOLS,
+        tool_choice=tool_choice,
+        parallel_tool_calls=False,  # one call per round; without this, as many as the model likes
+        max_tokens=300,
     )
     message = completion.choices[0].message
     messages.append(message)

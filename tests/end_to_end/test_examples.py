@@ -23,7 +23,7 @@ def run_example(gateway_url: str) -> RunExample:
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(EXAMPLES / name), *arguments],
-            env=os.environ | {"GALLAMA_URL": f"{gateway_url}/v1"},
+            env=os.environ | {"GALLAMA_URL": f"{gateway_url}/v1", "GALLAMA_MODEL": "smollm2-135m"},
             capture_output=True,
             text=True,
             timeout=120,
