@@ -214,6 +214,8 @@ class _Choice:
         self._prepared = prepared
         self._logprobs: list[LogprobEntry] = []
         """Of tokens whose text has not been sent yet."""
+        self._bytes_without_logprobs = 0
+        """Of the text sent; below 0 where a token's text was sent in part only."""
         self._has_calls = False
         self._sampled_tokens = 0
         self._forced_tokens = 0
@@ -250,15 +252,18 @@ class _Choice:
 
     def _to_events(self, pieces: Sequence[Piece]) -> Iterator[ChatEvent]:
         for piece in pieces:
+            if self._stop_words.found:
+                return
             match piece:
                 case TextPiece():
                     yield from self._text_events(self._stop_words.feed(piece.text))
                 case CallStarted():
                     self._has_calls = True
-                    self._logprobs.clear()  # OpenAI reports them for text only
+                    yield from self._text_events(self._stop_words.finish())
+                    self._drop_logprobs()
                     yield ToolCallStarted(self._index, piece.call_index, self._new_call_id(), piece.name)
                 case ArgumentsPiece():
-                    self._logprobs.clear()
+                    self._drop_logprobs()
                     yield ToolArguments(self._index, piece.call_index, piece.text)
 
     def _text_events(self, text: str) -> Iterator[ChatEvent]:
@@ -267,10 +272,17 @@ class _Choice:
 
     def _take_logprobs(self, text: str) -> Iterator[LogprobEntry]:
         """The entries of the tokens that begin in this text; those of a text held back stay."""
-        room = len(text.encode())
-        while self._logprobs and room > 0:
-            room -= len(self._logprobs[0].token_bytes)
+        self._bytes_without_logprobs += len(text.encode())
+        while self._logprobs and self._bytes_without_logprobs > 0:
+            self._bytes_without_logprobs -= len(self._logprobs[0].token_bytes)
             yield self._logprobs.pop(0)
+        # More remains only where U+FFFD stands for fewer bytes than it has itself.
+        self._bytes_without_logprobs = min(self._bytes_without_logprobs, 0)
+
+    def _drop_logprobs(self) -> None:
+        """Forget those of a call: OpenAI reports them for text only."""
+        self._logprobs.clear()
+        self._bytes_without_logprobs = 0
 
     def _last_events(self) -> Iterator[ChatEvent]:
         """What was held back, unless a stop word has ended the answer before it."""

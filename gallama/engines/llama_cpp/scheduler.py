@@ -22,7 +22,7 @@ from gallama.engines.llama_cpp.bindings import Candidates, DecodeFailed, KvCache
 from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
 from gallama.engines.llama_cpp.sampling import Sampler, log_probabilities
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
-from gallama.generation import EndReason, EngineStatus, GenerationRequest, TokenLogprob
+from gallama.generation import EndReason, EngineStatus, GenerationRequest, State, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -274,8 +274,8 @@ class Scheduler:
         if token in self._options.end_token_ids:
             self._finish(slot, Ended("stop"))
             return
-        if state is not None and state.advance([token]) != 1:
-            raise ConstraintFailed("The grammar refused a token that it had allowed.")
+        if state is not None:
+            _advance(state, [token])
         wanted = slot.job.request.logprobs
         logprobs = () if wanted is None else (log_probabilities(logits, token, wanted),)
         self._extend(slot, TokensAdded((token,), were_forced=False, logprobs=logprobs))
@@ -290,8 +290,7 @@ class Scheduler:
         forced = state.forced()[: slot.room]
         if not forced:
             return
-        taken = state.advance(forced)
-        assert taken == len(forced), "a grammar takes what it forces"
+        _advance(state, forced)
         self._extend(slot, TokensAdded(tuple(forced), were_forced=True))
 
     def _extend(self, slot: _Slot, added: TokensAdded) -> None:
@@ -372,6 +371,12 @@ def _must_repeat(request: GenerationRequest) -> bool:
     nobody else is at work: then it does repeat.
     """
     return request.sampling.seed is not None and request.sampling.temperature != 0
+
+
+def _advance(state: State, token_ids: list[int]) -> None:
+    """Let a grammar take tokens that it has allowed; it refuses them only when it runs out of its limits."""
+    if state.advance(token_ids) != len(token_ids):
+        raise ConstraintFailed("The constraint engine gave up in the middle of the answer.")
 
 
 def _next_part(slot: _Slot, budget: int) -> BatchPart:

@@ -101,6 +101,13 @@ class Broken(Runs):
         raise self._error
 
 
+class Exhausted(Runs):
+    """A grammar that refuses what it has forced or allowed: it ran out of its limits."""
+
+    def advance(self, token_ids: Sequence[int]) -> int:
+        return 0
+
+
 class Board:
     """A scheduler, and what it has said of each job."""
 
@@ -323,6 +330,13 @@ def test_a_grammar_that_breaks_ends_only_its_own_answer(
     assert "bug" not in end.message, "the client hears nothing of our insides"
     for number, job in enumerate(others):
         assert board.answer(job) == expected_answer([number, 2], 10)
+    board.wait_until_idle()
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_a_grammar_that_runs_out_of_its_limits_fails_as_such(board: Board, free: int) -> None:
+    job = board.submit(request([1], state=Exhausted([[1, 2]], free=free)))
+    assert isinstance(board.updates(job)[-1], ConstraintFailed)
     board.wait_until_idle()
 
 
