@@ -187,6 +187,7 @@ class ChatRunner:
             stop_words=StopWords(request.stop, keep_word=request.return_stop_word),
             new_call_id=self._dialect.new_call_id,
             tokens=self._engine.vocabulary.tokens,
+            hidden_bytes=len(self._dialect.envelope.text_begin.encode()) if prepared.offers_tools else 0,
             prepared=prepared,
         )
 
@@ -203,8 +204,14 @@ class _Choice:
         stop_words: StopWords,
         new_call_id: Callable[[], str],
         tokens: Sequence[bytes],
+        hidden_bytes: int,
         prepared: _PreparedChat,
     ) -> None:
+        """
+        Args:
+            tokens: the text of each token.
+            hidden_bytes: how much of the answer's beginning is the family's and no part of the text.
+        """
         self._index = index
         self._chunks = chunks
         self._splitter = splitter
@@ -214,6 +221,7 @@ class _Choice:
         self._prepared = prepared
         self._logprobs: list[LogprobEntry] = []
         """Of tokens whose text has not been sent yet."""
+        self._hidden_bytes = hidden_bytes
         self._bytes_without_logprobs = 0
         """Of the text sent; below 0 where a token's text was sent in part only."""
         self._has_calls = False
@@ -243,7 +251,12 @@ class _Choice:
         self._sampled_tokens += chunk.sampled_tokens
         self._forced_tokens += chunk.forced_tokens
         self.cached_prompt_tokens += chunk.cached_prompt_tokens
-        self._logprobs += [_to_entry(logprob, self._tokens) for logprob in chunk.logprobs]
+        for logprob in chunk.logprobs:
+            entry = _to_entry(logprob, self._tokens)
+            if self._hidden_bytes > 0:
+                self._hidden_bytes -= len(entry.token_bytes)
+            else:
+                self._logprobs.append(entry)
 
     def _split(self, chunk: GeneratedChunk) -> list[Piece]:
         if chunk.control_token is not None:

@@ -28,6 +28,7 @@ from gallama.conversation import (
     ToolSpec,
     collect_reply,
 )
+from gallama.dialects.universal import UNIVERSAL
 from gallama.engines.scripted import Script, ScriptedEngine
 from gallama.errors import ContextLengthExceeded, GallamaError, InvalidRequest
 from gallama.generation import Engine, GeneratedChunk, GenerationRequest, SamplingSettings, TokenLogprob
@@ -301,6 +302,14 @@ async def test_calls_carry_no_log_probabilities_into_text() -> None:
     assert choice.text == "I look.\n"
     assert b"".join(entry.token_bytes for entry in choice.logprobs).startswith(b"I look.\n")
     assert len(choice.logprobs) == len(choice.text)
+
+
+async def test_what_a_family_writes_before_its_text_has_no_log_probabilities() -> None:
+    engine = scripted(reply=UNIVERSAL.envelope.text_begin + "Words.")
+    universal = ModelSpec(model_id="any", prompt_template="universal")
+    (choice,) = (await reply_of(engine, request(tools=(WEATHER,), logprobs=0), universal)).choices
+    assert choice.text == "Words."
+    assert b"".join(entry.token_bytes for entry in choice.logprobs) == b"Words."
 
 
 # Tools
