@@ -181,14 +181,7 @@ class Failure(Struct, frozen=True, tag=True):
 
 
 ChatEvent = (
-    Accepted
-    | ReasoningText
-    | AnswerText
-    | ToolCallStarted
-    | ToolArguments
-    | Finished
-    | Completed
-    | Failure
+    Accepted | ReasoningText | AnswerText | ToolCallStarted | ToolArguments | Finished | Completed | Failure
 )
 
 

@@ -55,7 +55,8 @@ class State(Protocol):
             False when every token is allowed and `out` was left alone.
 
         Raises:
-            ConstraintFailed: the constraint engine ran out of its limits.
+            ConstraintFailed: the constraint engine broke.
+            ConstraintTooComplex: it ran out of its limits.
         """
         ...
 
@@ -64,7 +65,11 @@ class State(Protocol):
         ...
 
     def advance(self, token_ids: Sequence[int]) -> int:
-        """Take tokens; returns how many were taken. A refused one leaves the state usable."""
+        """Take tokens; returns how many were taken. A refused one leaves the state usable.
+
+        Raises:
+            ConstraintFailed, ConstraintTooComplex: as `mask`.
+        """
         ...
 
     def forced(self) -> list[int]:

@@ -61,6 +61,10 @@ _NEUTRAL: dict[str, Any] = {
     "dependentSchemas": {},
 }
 
+# RFC 3339 has second 60 only where a leap second was; grammars that know the formats take it anywhere.
+_TIME = r"[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
+_STRICTER_FORMATS = {"time": f"^{_TIME}", "date-time": f"^[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}T{_TIME}"}
+
 _ENGINE_OVERRIDE = "x-guidance"
 
 
@@ -147,7 +151,7 @@ def _admit_options(options: Sequence[str], param: str) -> tuple[str, ...]:
 
 
 def admit_schema(schema: Any, *, param: str) -> Schema:
-    """The schema as it will be held: without what says nothing, objects closed where that is safe.
+    """The schema as it will be held: normalized, and with objects closed where that is safe.
 
     Raises:
         InvalidConstraint: not a schema, or it names something outside itself.
@@ -157,7 +161,7 @@ def admit_schema(schema: Any, *, param: str) -> Schema:
     if not isinstance(schema, Mapping | bool):
         raise InvalidConstraint(f"`{param}` must be a JSON Schema: an object, true or false.", param=param)
     _refuse_too_large(schema, param)
-    cleaned: Schema = _without_neutral_keywords(schema)
+    cleaned: Schema = _normalized(schema)
     unenforceable = []
     for pointer, subschema in walk_schema(cleaned):
         _refuse_foreign(pointer, subschema, param)
@@ -227,24 +231,28 @@ def _depth(value: Any, limit: int) -> int:
     return depth
 
 
-def _without_neutral_keywords(schema: Any) -> Any:
-    """A copy without keywords whose value asks for nothing, as `"uniqueItems": false`."""
+def _normalized(schema: Any) -> Any:
+    """A copy without keywords whose value asks for nothing, and with formats as narrow as their standard."""
     if isinstance(schema, list | tuple):
-        return [_without_neutral_keywords(item) for item in schema]
+        return [_normalized(item) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    return {
+    normalized = {
         keyword: _cleaned(keyword, value)
         for keyword, value in schema.items()
         if keyword not in _NEUTRAL or value != _NEUTRAL[keyword]
     }
+    pattern = _STRICTER_FORMATS.get(str(schema.get("format")))
+    if pattern is not None:
+        normalized["allOf"] = [*normalized.get("allOf", ()), {"pattern": pattern}]
+    return normalized
 
 
 def _cleaned(keyword: str, value: Any) -> Any:
     if keyword in _SUBSCHEMA_MAPS and isinstance(value, Mapping):
-        return {name: _without_neutral_keywords(subschema) for name, subschema in value.items()}
+        return {name: _normalized(subschema) for name, subschema in value.items()}
     if keyword in _SUBSCHEMA or keyword in _SUBSCHEMA_LISTS:
-        return _without_neutral_keywords(value)
+        return _normalized(value)
     return value  # enum, const, default and the like hold data, not schemas
 
 

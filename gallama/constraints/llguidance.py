@@ -44,6 +44,8 @@ _ANYTHING = "/(?s:.*)/"
 _LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 _COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
+_BEYOND_LIMITS = re.compile(r"too (complex|large|many|deep|big)|[Ll]imit|fuel|recursion|TooComplex")
+
 # What llguidance says -> the keyword it is about; group 1, where there is one, is that keyword's value.
 _COMPLAINTS: tuple[tuple[re.Pattern[str], str, type[GallamaError]], ...] = (
     (re.compile(r"Unsatisfiable schema"), "", InvalidConstraint),
@@ -57,7 +59,7 @@ _COMPLAINTS: tuple[tuple[re.Pattern[str], str, type[GallamaError]], ...] = (
         "pattern",
         UnsupportedConstraint,
     ),
-    (re.compile(r"too (complex|large|many|deep|big)|[Ll]imit|fuel|recursion"), "", ConstraintTooComplex),
+    (_BEYOND_LIMITS, "", ConstraintTooComplex),
 )
 
 
@@ -206,7 +208,9 @@ class LLGuidanceState:
         return self._matcher.validate_tokens(list(token_ids))
 
     def advance(self, token_ids: Sequence[int]) -> int:
-        return self._matcher.try_consume_tokens(list(token_ids))
+        taken = self._matcher.try_consume_tokens(list(token_ids))
+        self._refuse_error()
+        return taken
 
     def forced(self) -> list[int]:
         return self._matcher.compute_ff_tokens()
@@ -219,9 +223,14 @@ class LLGuidanceState:
         return LLGuidanceState(self._matcher.deep_copy())
 
     def _refuse_error(self) -> None:
-        if self._matcher.is_error():
-            words = _one_line(self._matcher.get_error().partition("\n<non-verbose/>")[0])
-            raise ConstraintFailed(f"The constraint engine gave up in the middle of the answer: {words}.")
+        if not self._matcher.is_error():
+            return
+        words = _one_line(self._matcher.get_error().partition("\n<non-verbose/>")[0])
+        if _BEYOND_LIMITS.search(words):
+            raise ConstraintTooComplex(
+                f"The grammar became too complex in the middle of the answer: {words}."
+            )
+        raise ConstraintFailed(f"The constraint engine gave up in the middle of the answer: {words}.")
 
 
 def tools_grammar(spec: ToolsSpec, control_tokens: Mapping[str, int]) -> str:

@@ -29,6 +29,8 @@ _TOKEN_TEXT_BYTES = 1024
 _NO_TEXT = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_UNUSED
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 _GGML_LOG_CONTINUED = 5
+# Said each time the cache is full, which is answered by making room; see `KvCacheFull`.
+_EXPECTED = "failed to find a memory slot"
 
 
 class KvCacheFull(Exception):
@@ -42,7 +44,8 @@ class DecodeFailed(Exception):
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
 def _forward_log(level: int, text: bytes, _: object) -> None:
     """llama.cpp's own log lines; what it says at level "info" is for its developers."""
-    if level != _GGML_LOG_CONTINUED and (line := text.decode(errors="replace").strip()):
+    line = text.decode(errors="replace").strip()
+    if line and level != _GGML_LOG_CONTINUED and _EXPECTED not in line:
         logger.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
 
 
