@@ -119,8 +119,10 @@ class LLGuidanceBackend:
                 pattern = f"(?:{spec.pattern})(?s:.*)" if spec.prefix_only else spec.pattern
                 return llguidance.LLMatcher.grammar_from_regex(pattern)
             case ChoiceSpec():
+                # One terminal, not a rule: its options are states of the lexer, and may be many thousands.
                 options = " | ".join(_quoted(option) for option in spec.options)
-                return _lark(f"start: ({options}){f' {_ANYTHING}' if spec.prefix_only else ''}")
+                rest = f" {_ANYTHING}" if spec.prefix_only else ""
+                return _lark(f"start: OPTION\nOPTION: ({options}){rest}")
             case ToolsSpec():
                 return _lark(tools_grammar(spec, self._vocabulary.control_tokens))
 

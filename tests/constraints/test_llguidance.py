@@ -118,6 +118,14 @@ def test_a_choice_is_one_of_the_strings(
     assert texts == {option.encode() for option in options}
 
 
+@pytest.mark.parametrize("kind", ["choice", "prefix"])
+def test_a_choice_may_have_thousands_of_options(backend: LLGuidanceBackend, kind: str) -> None:
+    state = start(backend, kind, [f"option {number}" for number in range(20_000)])
+    text = b"option 19999"
+    assert state.advance(list(text)) == len(text)
+    assert state.status in ("may_end", "must_end")
+
+
 def test_a_prefix_is_followed_by_anything(
     backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, random_walk: Walk
 ) -> None:

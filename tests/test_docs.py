@@ -1,0 +1,60 @@
+"""The documents say what is true: what they name exists, and what they show runs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIFE = (ROOT / "docs/life_of_a_request.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(gallama(?:\.\w+)+)`", LIFE))))
+def test_everything_named_in_the_life_of_a_request_exists(name: str) -> None:
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[length:]:
+            found = getattr(found, attribute)
+        return
+    pytest.fail(f"there is no module {name}")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:gallama|examples|scripts|docs)/[\w/.]*)`", README)))
+)
+def test_every_path_in_the_readme_exists(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
+def test_every_link_in_the_readme_leads_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
+
+
+def test_the_readmes_code_is_python() -> None:
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        compile(code, "README.md", "exec")
+
+
+def test_every_decision_is_numbered_once() -> None:
+    numbers = [path.name[:4] for path in sorted((ROOT / "docs/decisions").glob("*.md"))]
+    assert numbers == [f"{number:04d}" for number in range(1, len(numbers) + 1)]
+
+
+def test_no_document_names_a_place_of_one_machine() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    places = re.compile(r"/(?:work|root)/[a-z]|pypi\.org")
+    texts = {path: (ROOT / path).read_text(errors="replace") for path in tracked if (ROOT / path).is_file()}
+    own = {Path(__file__).relative_to(ROOT).as_posix()}
+    assert [path for path, text in texts.items() if path not in own and places.search(text)] == []
