@@ -89,4 +89,4 @@ def test_long_texts_with_many_control_tokens_are_guarded_soon(unit: str) -> None
 
     started = time.process_time()
     guard(text)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 5

@@ -141,8 +141,8 @@ def test_long_texts_take_linear_time(unit: str, chunk_length: int) -> None:
             splitter.feed(text[start : start + chunk_length])
         return time.process_time() - started
 
-    seconds(1000)
-    assert seconds(200_000) < 40 * max(seconds(20_000), 0.001)  # quadratic would be 100
+    # Forty times the text: a quadratic splitter would take 1,600 times as long.
+    assert min(seconds(400_000) for _ in range(2)) < 400 * min(seconds(10_000) for _ in range(5))
 
 
 def test_long_arguments_take_linear_time() -> None:
@@ -152,4 +152,4 @@ def test_long_arguments_take_linear_time() -> None:
     started = time.process_time()
     for _ in range(100_000):
         splitter.feed("text")
-    assert time.process_time() - started < 3
+    assert time.process_time() - started < 10

@@ -267,10 +267,6 @@ def _context_options(
         raise InvalidConfig(
             f"`cache_quant` is {cache_quant}, which needs flash attention; leave `flash_attn` out."
         )
-    flash_attention = options.flash_attn
-    if flash_attention is None:
-        # On a CPU it was measured slower; a quantized V cache does not work without it.
-        flash_attention = bindings.supports_gpus() or cache_quant != "FP16"
     return bindings.ContextOptions(
         cells=cells,
         sequences=slots + _IDLE_SEQUENCES,
@@ -279,7 +275,7 @@ def _context_options(
         threads=threads,
         batch_threads=options.n_threads_batch or threads,
         cache_type=bindings.CACHE_TYPES[cache_quant],
-        flash_attention=flash_attention,
+        flash_attention=options.flash_attn,
         offload_kv=options.offload_kqv,
         rope_freq_base=options.rope_freq_base,
         rope_freq_scale=options.rope_freq_scale,

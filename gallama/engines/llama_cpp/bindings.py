@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 CACHE_TYPES = {"FP16": lib.GGML_TYPE_F16, "Q8": lib.GGML_TYPE_Q8_0, "Q4": lib.GGML_TYPE_Q4_0}
 
 _TOKEN_TEXT_BYTES = 1024
+_AUTOMATIC = -1
 _NO_TEXT = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_UNUSED
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 _GGML_LOG_CONTINUED = 5
@@ -91,7 +92,8 @@ class ContextOptions:
     threads: int
     batch_threads: int
     cache_type: int
-    flash_attention: bool
+    flash_attention: bool | None
+    """None: wherever the model's devices have it, the CPU among them."""
     offload_kv: bool
     rope_freq_base: float
     rope_freq_scale: float
@@ -281,7 +283,7 @@ def _context_params(options: ContextOptions) -> Any:
     params.n_threads_batch = options.batch_threads
     params.type_k = options.cache_type
     params.type_v = options.cache_type
-    params.flash_attn_type = int(options.flash_attention)
+    params.flash_attn_type = _AUTOMATIC if options.flash_attention is None else int(options.flash_attention)
     params.offload_kqv = options.offload_kv
     params.rope_freq_base = options.rope_freq_base
     params.rope_freq_scale = options.rope_freq_scale
