@@ -30,7 +30,6 @@ from gallama.conversation import (
     Finished,
     FinishReason,
     Guarantee,
-    LogprobEntry,
     ToolArguments,
     ToolCallStarted,
     Usage,
@@ -53,10 +52,10 @@ from gallama.generation import (
     GeneratedChunk,
     GenerationRequest,
     SamplingSettings,
-    TokenLogprob,
 )
 from gallama.worker.interleave import interleaved
 from gallama.worker.stop_words import StopWords
+from gallama.worker.text_logprobs import TextLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,14 +179,14 @@ class ChatRunner:
             tools_offered=prepared.offers_tools,
             control_tokens=self._engine.vocabulary.control_tokens,
         )
+        hidden_bytes = len(self._dialect.envelope.text_begin.encode()) if prepared.offers_tools else 0
         return _Choice(
             index=index,
             chunks=chunks,
             splitter=splitter,
             stop_words=StopWords(request.stop, keep_word=request.return_stop_word),
             new_call_id=self._dialect.new_call_id,
-            tokens=self._engine.vocabulary.tokens,
-            hidden_bytes=len(self._dialect.envelope.text_begin.encode()) if prepared.offers_tools else 0,
+            logprobs=TextLogprobs(self._engine.vocabulary.tokens, hidden_bytes=hidden_bytes),
             prepared=prepared,
         )
 
@@ -203,27 +202,16 @@ class _Choice:
         splitter: Splitter,
         stop_words: StopWords,
         new_call_id: Callable[[], str],
-        tokens: Sequence[bytes],
-        hidden_bytes: int,
+        logprobs: TextLogprobs,
         prepared: _PreparedChat,
     ) -> None:
-        """
-        Args:
-            tokens: the text of each token.
-            hidden_bytes: how much of the answer's beginning is the family's and no part of the text.
-        """
         self._index = index
         self._chunks = chunks
         self._splitter = splitter
         self._stop_words = stop_words
+        self._logprobs = logprobs
         self._new_call_id = new_call_id
-        self._tokens = tokens
         self._prepared = prepared
-        self._logprobs: list[LogprobEntry] = []
-        """Of tokens whose text has not been sent yet."""
-        self._hidden_bytes = hidden_bytes
-        self._bytes_without_logprobs = 0
-        """Of the text sent; below 0 where a token's text was sent in part only."""
         self._has_calls = False
         self._sampled_tokens = 0
         self._forced_tokens = 0
@@ -251,12 +239,7 @@ class _Choice:
         self._sampled_tokens += chunk.sampled_tokens
         self._forced_tokens += chunk.forced_tokens
         self.cached_prompt_tokens += chunk.cached_prompt_tokens
-        for logprob in chunk.logprobs:
-            entry = _to_entry(logprob, self._tokens)
-            if self._hidden_bytes > 0:
-                self._hidden_bytes -= len(entry.token_bytes)
-            else:
-                self._logprobs.append(entry)
+        self._logprobs.hold(chunk.logprobs)
 
     def _split(self, chunk: GeneratedChunk) -> list[Piece]:
         if chunk.control_token is not None:
@@ -273,29 +256,15 @@ class _Choice:
                 case CallStarted():
                     self._has_calls = True
                     yield from self._text_events(self._stop_words.finish())
-                    self._drop_logprobs()
+                    self._logprobs.drop()
                     yield ToolCallStarted(self._index, piece.call_index, self._new_call_id(), piece.name)
                 case ArgumentsPiece():
-                    self._drop_logprobs()
+                    self._logprobs.drop()
                     yield ToolArguments(self._index, piece.call_index, piece.text)
 
     def _text_events(self, text: str) -> Iterator[ChatEvent]:
         if text:
-            yield AnswerText(self._index, text, tuple(self._take_logprobs(text)))
-
-    def _take_logprobs(self, text: str) -> Iterator[LogprobEntry]:
-        """The entries of the tokens that begin in this text; those of a text held back stay."""
-        self._bytes_without_logprobs += len(text.encode())
-        while self._logprobs and self._bytes_without_logprobs > 0:
-            self._bytes_without_logprobs -= len(self._logprobs[0].token_bytes)
-            yield self._logprobs.pop(0)
-        # More remains only where U+FFFD stands for fewer bytes than it has itself.
-        self._bytes_without_logprobs = min(self._bytes_without_logprobs, 0)
-
-    def _drop_logprobs(self) -> None:
-        """Forget those of a call: OpenAI reports them for text only."""
-        self._logprobs.clear()
-        self._bytes_without_logprobs = 0
+            yield AnswerText(self._index, text, self._logprobs.take(text))
 
     def _last_events(self) -> Iterator[ChatEvent]:
         """What was held back, unless a stop word has ended the answer before it."""
@@ -318,15 +287,3 @@ class _Choice:
             sampled_tokens=self._sampled_tokens,
             forced_tokens=self._forced_tokens,
         )
-
-
-def _to_entry(logprob: TokenLogprob, tokens: Sequence[bytes]) -> LogprobEntry:
-    return LogprobEntry(
-        *_text_of(logprob.token_id, tokens),
-        logprob.logprob,
-        tuple((*_text_of(token_id, tokens), value) for token_id, value in logprob.top),
-    )
-
-
-def _text_of(token_id: int, tokens: Sequence[bytes]) -> tuple[str, bytes]:
-    return tokens[token_id].decode(errors="replace"), tokens[token_id]

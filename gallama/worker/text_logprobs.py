@@ -1,0 +1,59 @@
+"""Which tokens' log probabilities go with which piece of an answer's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from gallama.conversation import LogprobEntry
+from gallama.generation import TokenLogprob
+
+
+class TextLogprobs:
+    """Holds the entries of tokens whose text has not been sent yet. OpenAI reports them for text only."""
+
+    def __init__(self, tokens: Sequence[bytes], *, hidden_bytes: int) -> None:
+        """
+        Args:
+            tokens: the text of each token.
+            hidden_bytes: how much of the answer's beginning is the family's and no part of the text.
+        """
+        self._tokens = tokens
+        self._hidden_bytes = hidden_bytes
+        self._entries: list[LogprobEntry] = []
+        self._bytes_without_entry = 0
+        """Of the text sent; below 0 where a token's text was sent in part only."""
+
+    def hold(self, logprobs: Iterable[TokenLogprob]) -> None:
+        """Keep the log probabilities of tokens that were generated."""
+        for logprob in logprobs:
+            entry = self._to_entry(logprob)
+            if self._hidden_bytes > 0:
+                self._hidden_bytes -= len(entry.token_bytes)
+            else:
+                self._entries.append(entry)
+
+    def take(self, text: str) -> tuple[LogprobEntry, ...]:
+        """The entries of the tokens that begin in this text; those of a text held back stay."""
+        self._bytes_without_entry += len(text.encode())
+        taken = []
+        while self._entries and self._bytes_without_entry > 0:
+            taken.append(self._entries.pop(0))
+            self._bytes_without_entry -= len(taken[-1].token_bytes)
+        # More remains only where U+FFFD stands for fewer bytes than it has itself.
+        self._bytes_without_entry = min(self._bytes_without_entry, 0)
+        return tuple(taken)
+
+    def drop(self) -> None:
+        """Forget those of tokens that turned out to be a call's."""
+        self._entries.clear()
+        self._bytes_without_entry = 0
+
+    def _to_entry(self, logprob: TokenLogprob) -> LogprobEntry:
+        return LogprobEntry(
+            *self._text_of(logprob.token_id),
+            logprob.logprob,
+            tuple((*self._text_of(token_id), value) for token_id, value in logprob.top),
+        )
+
+    def _text_of(self, token_id: int) -> tuple[str, bytes]:
+        return self._tokens[token_id].decode(errors="replace"), self._tokens[token_id]
