@@ -7,7 +7,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
+
+from gallama.constraints import admission, regexes
+from gallama.conversation import Guarantee
 
 ROOT = Path(__file__).parents[1]
 LIFE = (ROOT / "docs/life_of_a_request.md").read_text()
@@ -58,3 +62,18 @@ def test_no_document_names_a_place_of_one_machine() -> None:
     texts = {path: (ROOT / path).read_text(errors="replace") for path in tracked if (ROOT / path).is_file()}
     own = {Path(__file__).relative_to(ROOT).as_posix()}
     assert [path for path, text in texts.items() if path not in own and places.search(text)] == []
+
+
+def test_the_guarantees_document_names_the_limits_that_hold() -> None:
+    document = (ROOT / "docs/guarantees.md").read_text()
+    assert f"{admission.MAX_SCHEMA_BYTES // 1024} KiB, {admission.MAX_SCHEMA_DEPTH} levels" in document
+    assert f"{regexes.MAX_PATTERN_CHARACTERS:,} characters" in document
+    assert f"{admission.MAX_OPTIONS:,}, with {admission.MAX_OPTIONS_CHARACTERS:,} characters" in document
+    assert f"| tools | {admission.MAX_TOOLS} |" in document
+
+
+def test_the_guarantees_document_names_every_field_and_every_unenforceable_keyword() -> None:
+    document = (ROOT / "docs/guarantees.md").read_text()
+    fields = [field.name for field in msgspec.structs.fields(Guarantee)]
+    missing = [name for name in (*fields, *admission.UNENFORCEABLE) if f"`{name}`" not in document]
+    assert missing == []

@@ -45,7 +45,7 @@ _SUBSCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "d
 
 # Keywords that narrow the instances and that no grammar here can hold. A keyword that is not part of JSON
 # Schema at all is an annotation, as the standard says.
-_UNENFORCEABLE = frozenset(
+UNENFORCEABLE = frozenset(
     {"not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames",
      "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems",
      "$dynamicRef", "$recursiveRef"}
@@ -165,7 +165,7 @@ def admit_schema(schema: Any, *, param: str) -> Schema:
     unenforceable = []
     for pointer, subschema in walk_schema(cleaned):
         _refuse_foreign(pointer, subschema, param)
-        unenforceable += [f"{pointer}/{keyword}" for keyword in subschema if keyword in _UNENFORCEABLE]
+        unenforceable += [f"{pointer}/{keyword}" for keyword in subschema if keyword in UNENFORCEABLE]
     if unenforceable:
         keyword = unenforceable[0].rsplit("/", 1)[1]
         raise UnsupportedConstraint(

@@ -1,0 +1,140 @@
+"""From a model's spec to llama.cpp's parameters; what they cannot express is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, Field, ValidationError
+
+from gallama.config import ModelSpec
+from gallama.engines.llama_cpp import bindings
+from gallama.errors import InvalidConfig
+
+# Sequences kept in the cache beside those of the busy slots.
+IDLE_SEQUENCES = 16
+_CELLS_STEP = 256
+
+
+class LlamaCppOptions(BaseModel, extra="forbid", frozen=True):
+    """The keys of `backend_extra_args`."""
+
+    n_batch: int = Field(512, ge=32, le=65536)
+    n_ubatch: int = Field(512, ge=32, le=65536)
+    n_threads: int | None = Field(None, ge=1, le=1024)
+    n_threads_batch: int | None = Field(None, ge=1, le=1024)
+    n_gpu_layers: int = Field(-1, ge=-1)
+    offload_kqv: bool = True
+    flash_attn: bool | None = None
+    use_mmap: bool = True
+    use_mlock: bool = False
+    rope_freq_base: float = Field(0.0, ge=0.0)
+    rope_freq_scale: float = Field(0.0, ge=0.0)
+
+
+def read_options(spec: ModelSpec) -> LlamaCppOptions:
+    """The spec's `backend_extra_args`.
+
+    Raises:
+        InvalidConfig: an unknown key, or a value that cannot be.
+    """
+    try:
+        options = LlamaCppOptions.model_validate(dict(spec.backend_extra_args))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        valid = ", ".join(LlamaCppOptions.model_fields)
+        raise InvalidConfig(
+            f"`backend_extra_args.{key}`: {first['msg']}. The llama_cpp backend takes: {valid}."
+        ) from error
+    _check_slots(spec, options)
+    return options
+
+
+def _check_slots(spec: ModelSpec, options: LlamaCppOptions) -> None:
+    slots = spec.max_concurrent_requests
+    if slots + IDLE_SEQUENCES > bindings.max_sequences():
+        raise InvalidConfig(
+            f"`max_concurrent_requests` is {slots}; the llama_cpp backend takes at most"
+            f" {bindings.max_sequences() - IDLE_SEQUENCES}."
+        )
+    if slots > options.n_batch:
+        raise InvalidConfig(
+            f"`backend_extra_args.n_batch` is {options.n_batch}, but a batch must hold a token of each"
+            f" request, and `max_concurrent_requests` is {slots}."
+        )
+
+
+def model_options(spec: ModelSpec, options: LlamaCppOptions) -> bindings.ModelOptions:
+    gigabytes = () if isinstance(spec.gpus, str) else spec.gpus
+    if (any(gigabytes) or options.n_gpu_layers > 0) and not bindings.supports_gpus():
+        raise InvalidConfig(
+            "`gpus` or `n_gpu_layers` asks for a GPU, but this build of llama.cpp has no GPU support. Install"
+            " llama-cpp-python built for your GPU, or leave both out to run on the CPU."
+        )
+    if len(gigabytes) > bindings.max_gpus():
+        raise InvalidConfig(
+            f"`gpus` names {len(gigabytes)} GPUs; llama.cpp takes at most {bindings.max_gpus()}."
+        )
+    hides_all_gpus = bool(gigabytes) and not any(gigabytes)
+    if hides_all_gpus and options.n_gpu_layers > 0:
+        raise InvalidConfig("`gpus` hides every GPU, but `n_gpu_layers` puts layers on one; leave one out.")
+    return bindings.ModelOptions(
+        gpu_layers=0 if hides_all_gpus else options.n_gpu_layers,
+        gpu_split=gigabytes,
+        use_mmap=options.use_mmap,
+        use_mlock=options.use_mlock,
+    )
+
+
+def context_options(
+    spec: ModelSpec, options: LlamaCppOptions, context_length: int
+) -> bindings.ContextOptions:
+    threads = options.n_threads or usable_cores()
+    cache_quant = spec.cache_quant or "FP16"
+    if cache_quant not in bindings.CACHE_TYPES:
+        raise InvalidConfig(
+            f"`cache_quant` is {cache_quant}; llama.cpp has {', '.join(bindings.CACHE_TYPES)}."
+        )
+    if options.flash_attn is False and cache_quant != "FP16":
+        raise InvalidConfig(
+            f"`cache_quant` is {cache_quant}, which needs flash attention; leave `flash_attn` out."
+        )
+    return bindings.ContextOptions(
+        cells=_round_up(max(spec.cache_size or 0, context_length)),
+        sequences=spec.max_concurrent_requests + IDLE_SEQUENCES,
+        batch_tokens=options.n_batch,
+        micro_batch_tokens=min(options.n_ubatch, options.n_batch),
+        threads=threads,
+        batch_threads=options.n_threads_batch or threads,
+        cache_type=bindings.CACHE_TYPES[cache_quant],
+        flash_attention=options.flash_attn,
+        offload_kv=options.offload_kqv,
+        rope_freq_base=options.rope_freq_base,
+        rope_freq_scale=options.rope_freq_scale,
+    )
+
+
+def choose_context_length(spec: ModelSpec, trained_context_length: int) -> int:
+    """The longest sequence: what the spec says, else what the model was trained for and the cache holds."""
+    return spec.max_seq_len or min(trained_context_length, spec.cache_size or trained_context_length)
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use; llama.cpp collapses when its threads share one."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affinity, _cgroup_cores()))
+
+
+def _cgroup_cores() -> int:
+    """The quota of a container, in whole cores; as good as none where it has no limit."""
+    unlimited = 1 << 16
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return unlimited if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return unlimited
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // _CELLS_STEP) * _CELLS_STEP
