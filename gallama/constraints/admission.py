@@ -13,7 +13,7 @@ import msgspec
 
 from gallama.constraints.closed_objects import close_objects
 from gallama.constraints.envelope import ToolEnvelope
-from gallama.constraints.regexes import normalize_pattern
+from gallama.constraints.regexes import narrow_schema_pattern, normalize_pattern
 from gallama.constraints.specs import (
     CallableTool,
     ChoiceSpec,
@@ -242,9 +242,11 @@ def _normalized(schema: Any) -> Any:
         for keyword, value in schema.items()
         if keyword not in _NEUTRAL or value != _NEUTRAL[keyword]
     }
-    pattern = _STRICTER_FORMATS.get(str(schema.get("format")))
-    if pattern is not None:
-        normalized["allOf"] = [*normalized.get("allOf", ()), {"pattern": pattern}]
+    if isinstance(schema.get("pattern"), str):
+        normalized["pattern"] = narrow_schema_pattern(schema["pattern"])
+    time_pattern = _STRICTER_FORMATS.get(str(schema.get("format")))
+    if time_pattern is not None:
+        normalized["allOf"] = [*normalized.get("allOf", ()), {"pattern": time_pattern}]
     return normalized
 
 

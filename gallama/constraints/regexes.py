@@ -1,10 +1,10 @@
-"""Python's regex syntax to the one that constraint engines read (Rust's), or a clear refusal."""
+"""Python's and JSON Schema's regexes in the syntax of constraint engines (Rust's), or a clear refusal."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from gallama.errors import ConstraintTooComplex, InvalidConstraint, UnsupportedConstraint
 
@@ -26,6 +26,18 @@ _TOKEN = re.compile(
 
 # What Python means by these, where Rust means a little more: it also counts combining marks as words.
 _CLASSES = {r"\w": r"[\p{L}\p{N}_]", r"\W": r"[^\p{L}\p{N}_]", r"\S": r"[^\s\x1c-\x1f]"}
+_CLASSES_TO_LEAVE_OUT = {**_CLASSES, r"\s": r"[\s\x1c-\x1f]"}
+
+# JSON Schema's patterns are ECMAScript's, where these are ASCII; its validators are often Python's, where
+# they are not. What matches here matches by both.
+_ECMA_CLASSES = {r"\w": "[A-Za-z0-9_]", r"\d": "[0-9]", r"\D": r"[^\p{Nd}]"}
+_ECMA_CLASSES |= {name: _CLASSES[name] for name in (r"\W", r"\S")}
+_ECMA_CLASSES_TO_LEAVE_OUT = {
+    **{name: _CLASSES_TO_LEAVE_OUT[name] for name in (r"\w", r"\s")},
+    r"\d": r"\p{Nd}",
+    r"\W": "[^A-Za-z0-9_]",
+    r"\D": "[^0-9]",
+}
 _VERBOSE_GROUP = re.compile(r"\?[a-zA-Z]*x")
 
 
@@ -46,6 +58,14 @@ def normalize_pattern(pattern: str, *, param: str) -> str:
     _refuse_different_meaning(pattern, param)
     branches = [_without_outer_anchors(branch) for branch in _branches(pattern)]
     return "|".join(_to_rust(branch) for branch in branches)
+
+
+def narrow_schema_pattern(pattern: str) -> str:
+    """A JSON Schema pattern that matches only what both ECMAScript and Python take the given one to match."""
+    return "".join(
+        _with_classes(kind, text, _ECMA_CLASSES, _ECMA_CLASSES_TO_LEAVE_OUT)
+        for kind, text in _tokens(pattern)
+    )
 
 
 def _refuse_malformed(pattern: str, param: str) -> None:
@@ -118,10 +138,16 @@ def _to_rust(branch: list[tuple[str, str]]) -> str:
 
 
 def _token_to_rust(kind: str, text: str) -> str:
-    if kind == "escape":
-        return _CLASSES.get(text, text)
-    if kind == "set":
-        return re.sub(r"\\.", lambda escape: _CLASSES.get(escape[0], escape[0]), text, flags=re.DOTALL)
     if kind == "repeat" and text.startswith("{,"):
         return "{0" + text[1:]
+    return _with_classes(kind, text, _CLASSES, _CLASSES_TO_LEAVE_OUT)
+
+
+def _with_classes(kind: str, text: str, classes: Mapping[str, str], to_leave_out: Mapping[str, str]) -> str:
+    """A token with its classes as sets; inside a set that begins with ^, as sets to leave out."""
+    if kind == "escape":
+        return classes.get(text, text)
+    if kind == "set":
+        meanings = to_leave_out if text.startswith("[^") else classes
+        return re.sub(r"\\.", lambda escape: meanings.get(escape[0], escape[0]), text, flags=re.DOTALL)
     return text

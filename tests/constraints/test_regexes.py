@@ -40,6 +40,9 @@ PATTERNS = [
     r"\W\w",
     r"\S+",
     r"a{,}",
+    r"[^\s]",
+    r"[^\w\s]b",
+    r"\D",
 ]
 SAMPLES = ["", "a", "b", "c", "ab", "abc", "aa", "aab", "aaa", "Yes.", "No.", "yes", "YES", "555-1234", "cb",
            "]a", "-a", "abac", "$1.50", "|a", "(b", "x|y", "\nb", "b\n", "abcabc", "a\n", "e\u0301",
@@ -110,3 +113,20 @@ def test_a_hostile_pattern_is_held_or_refused_and_the_next_one_works(
         for _ in range(20):
             state.advance([rng.choice(b"ab x!")])
     assert accepts(backend, "regex", "ok", "ok")
+
+
+@pytest.mark.parametrize("text", r"\w \W \d \D \S \s [^\d] [^\w] [^\s] [\w-] [^\W] \/[\d]".split())
+def test_a_schemas_pattern_matches_only_what_python_takes_it_to_match(
+    backend: LLGuidanceBackend, text: str
+) -> None:
+    pattern = f"^{text}$"
+    schema = {"type": "string", "pattern": pattern}
+    grammar = backend.compile(admit_constraint(Constraint(kind="json_schema", source=schema)))
+    taken = 0
+    for character in (*map(chr, range(0x20, 0x250)), "\u0301", "\u0663", "\u2028", "\u3000", "/3"):
+        written = f'"{character}"'.encode()
+        state = grammar.start()
+        if character not in '"\\' and state.advance(list(written)) == len(written):
+            assert re.search(pattern, character), character
+            taken += 1
+    assert taken
