@@ -12,7 +12,7 @@ MAX_PATTERN_CHARACTERS = 8 * 1024
 
 _TOKEN = re.compile(
     r"""
-      (?P<escape>  \\. )                        # also \A, \Z
+      (?P<escape>  \\ (?: [pPu]\{[^}]*\} | 0[0-7]{0,2} | . ) )    # also \A, \Z
     | (?P<set>     \[ \^? \]? (?: \\. | [^\]\\] )* \] )
     | (?P<comment> \(\?\# [^)]* \) )
     | (?P<open>    \( )
@@ -38,6 +38,7 @@ _ECMA_CLASSES_TO_LEAVE_OUT = {
     r"\W": "[^A-Za-z0-9_]",
     r"\D": "[^0-9]",
 }
+_SET_MEMBER = re.compile(r"\\(?:[pPu]\{[^}]*\}|0[0-7]{0,2}|.)|.", re.DOTALL)
 _VERBOSE_GROUP = re.compile(r"\?[a-zA-Z]*x")
 
 
@@ -146,8 +147,29 @@ def _token_to_rust(kind: str, text: str) -> str:
 def _with_classes(kind: str, text: str, classes: Mapping[str, str], to_leave_out: Mapping[str, str]) -> str:
     """A token with its classes as sets; inside a set that begins with ^, as sets to leave out."""
     if kind == "escape":
-        return classes.get(text, text)
+        return classes.get(text) or _character(text)
     if kind == "set":
-        meanings = to_leave_out if text.startswith("[^") else classes
-        return re.sub(r"\\.", lambda escape: meanings.get(escape[0], escape[0]), text, flags=re.DOTALL)
-    return text
+        return _set_to_rust(text, to_leave_out if text.startswith("[^") else classes)
+    return "\\" + text if text in ("{", "}") else text  # a brace that repeats nothing is a character
+
+
+def _set_to_rust(text: str, classes: Mapping[str, str]) -> str:
+    """The same set in Rust, where [, &&, -- and ~~ inside of one make it several."""
+    opening = "[^" if text.startswith("[^") else "["
+    members = [match[0] for match in _SET_MEMBER.finditer(text, len(opening), len(text) - 1)]
+    first = ["\\-"] if members[0] == "-" else []
+    rest = members[len(first) :]
+    return opening + "".join([*first, *(classes.get(member) or _member(member) for member in rest)]) + "]"
+
+
+def _member(text: str) -> str:
+    if text in ("[", "&", "~"):
+        return "\\" + text
+    return r"\x08" if text == r"\b" else _character(text)
+
+
+def _character(text: str) -> str:
+    r"""One character as Rust writes it: to Rust \< and \> are the edges of words, and \012 refers back."""
+    if text in (r"\<", r"\>"):
+        return text[1:]
+    return rf"\x{int(text[1:], 8):02x}" if text.startswith(r"\0") else text
