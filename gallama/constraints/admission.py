@@ -14,6 +14,7 @@ import msgspec
 from gallama.constraints.closed_objects import close_objects
 from gallama.constraints.envelope import ToolEnvelope
 from gallama.constraints.regexes import narrow_schema_pattern, normalize_pattern
+from gallama.constraints.schema_shapes import refuse_misshapen
 from gallama.constraints.specs import (
     CallableTool,
     ChoiceSpec,
@@ -61,9 +62,19 @@ _NEUTRAL: dict[str, Any] = {
     "dependentSchemas": {},
 }
 
-# RFC 3339 has second 60 only where a leap second was; grammars that know the formats take it anywhere.
-_TIME = r"[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
-_STRICTER_FORMATS = {"time": f"^{_TIME}", "date-time": f"^[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}T{_TIME}"}
+# Grammars that know the formats take 29 February and second 60 in any year and minute, and the year 0, which
+# Python does not have.
+_LEAP_YEAR = r"([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
+_DATE = rf"([0-9]{{4}}-(02-([01][0-9]|2[0-8])|(0[13-9]|1[0-2])-[0-9]{{2}})|{_LEAP_YEAR}-02-29)"
+_SOME_YEAR = "^([1-9]|0[1-9]|00[1-9]|000[1-9])"
+_TIME = r"[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})"
+_STRICTER_FORMATS = {
+    "date": (f"^{_DATE}$", _SOME_YEAR),
+    "time": (f"^{_TIME}$",),
+    "date-time": (f"^{_DATE}T{_TIME}$", _SOME_YEAR),
+}
+# Formats that every string has; they tell readers what it is for.
+_OPEN_FORMATS = frozenset({"binary", "password", "path"})
 
 _ENGINE_OVERRIDE = "x-guidance"
 
@@ -113,11 +124,9 @@ def admit_tools(
                 f"No tool may be called {name!r} with this model: the word stands for an answer in text.",
                 param=f"tools[{index}].function.name",
             )
-    callable_tools = tuple(
-        _admit_tool(tool, index)
-        for index, tool in enumerate(tools)
-        if choice.allowed is None or tool.name in choice.allowed
-    )
+    # All of them, as the prompt shows also those that may not be called now.
+    admitted = [_admit_tool(tool, index) for index, tool in enumerate(tools)]
+    callable_tools = tuple(tool for tool in admitted if choice.allowed is None or tool.name in choice.allowed)
     return ToolsSpec(
         kind="tools",
         tools=callable_tools,
@@ -131,11 +140,11 @@ def _admit_tool(tool: ToolSpec, index: int) -> CallableTool:
     param = f"tools[{index}].function.parameters"
     # As with OpenAI, a tool without parameters takes none.
     schema = admit_schema(dict(tool.parameters) or {"type": "object", "properties": {}}, param=param)
-    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+    if not isinstance(schema, Mapping) or schema.get("type", "object") not in ("object", ["object"]):
         raise InvalidConstraint(
             f'`{param}` must be a schema of type "object": arguments are named.', param=param
         )
-    return CallableTool(name=tool.name, schema={"type": "object", **schema}, param=param)
+    return CallableTool(name=tool.name, schema={**schema, "type": "object"}, param=param)
 
 
 def _admit_options(options: Sequence[str], param: str) -> tuple[str, ...]:
@@ -161,10 +170,13 @@ def admit_schema(schema: Any, *, param: str) -> Schema:
     if not isinstance(schema, Mapping | bool):
         raise InvalidConstraint(f"`{param}` must be a JSON Schema: an object, true or false.", param=param)
     _refuse_too_large(schema, param)
+    for pointer, subschema in walk_schema(schema):
+        refuse_misshapen(pointer, subschema, param)
     cleaned: Schema = _normalized(schema)
     unenforceable = []
     for pointer, subschema in walk_schema(cleaned):
         _refuse_foreign(pointer, subschema, param)
+        _refuse_many_undeclared(pointer, subschema, param)
         unenforceable += [f"{pointer}/{keyword}" for keyword in subschema if keyword in UNENFORCEABLE]
     if unenforceable:
         keyword = unenforceable[0].rsplit("/", 1)[1]
@@ -244,9 +256,11 @@ def _normalized(schema: Any) -> Any:
     }
     if isinstance(schema.get("pattern"), str):
         normalized["pattern"] = narrow_schema_pattern(schema["pattern"])
-    time_pattern = _STRICTER_FORMATS.get(str(schema.get("format")))
-    if time_pattern is not None:
-        normalized["allOf"] = [*normalized.get("allOf", ()), {"pattern": time_pattern}]
+    if schema.get("format") in _OPEN_FORMATS:
+        del normalized["format"]
+    patterns = [{"pattern": pattern} for pattern in _STRICTER_FORMATS.get(schema.get("format", ""), ())]
+    if patterns:
+        normalized["allOf"] = [*normalized.get("allOf", ()), *patterns]
     return normalized
 
 
@@ -256,6 +270,17 @@ def _cleaned(keyword: str, value: Any) -> Any:
     if keyword in _SUBSCHEMA or keyword in _SUBSCHEMA_LISTS:
         return _normalized(value)
     return value  # enum, const, default and the like hold data, not schemas
+
+
+def _refuse_many_undeclared(pointer: str, schema: Mapping[str, Any], param: str) -> None:
+    """Refuse to count what may be one: an answer can write the same undeclared property twice."""
+    declared = set(schema.get("required", ())) & set(schema.get("properties", ()))
+    if schema.get("minProperties", 0) > len(declared) + 1:
+        raise UnsupportedConstraint(
+            f"No grammar can hold `{pointer}/minProperties` of `{param}` where it counts properties that are"
+            " not both declared and required.",
+            param=param,
+        )
 
 
 def _refuse_foreign(pointer: str, schema: Mapping[str, Any], param: str) -> None:

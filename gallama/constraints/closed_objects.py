@@ -8,17 +8,20 @@ speak of one object, each of some of its properties.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_OPENERS = ("additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties")
+_OPENERS = ("additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties", "enum",
+            "const")  # fmt: skip
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "$ref", "not", "if", "then", "else", "dependentSchemas")
 _CHILDREN = ("items", "additionalProperties", "additionalItems", "contains")
 _CHILD_LISTS = ("prefixItems", "items")
 _LISTS = (*_CHILD_LISTS, "anyOf", "oneOf", "allOf")
 _DEFINITIONS = ("$defs", "definitions")
 _MAPS = ("properties", "patternProperties", *_DEFINITIONS)
-_DEFINITION_POINTERS = ("#/$defs/", "#/definitions/")
+# Of the plain ones: no parts of a definition, and no names with escapes.
+_DEFINITION_POINTER = re.compile(r"#(/(\$defs|definitions)/[^/~%]+)+")
 _ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment",
      "$schema", "$id", *_DEFINITIONS}
@@ -28,7 +31,7 @@ _ANNOTATIONS = frozenset(
 def close_objects(schema: Any) -> Any:
     """A copy of the schema whose objects, where it is safe, have only the properties that they declare."""
     shared = _shared_definitions(schema)
-    if any(not pointer.startswith(_DEFINITION_POINTERS) for pointer in shared):
+    if any(not _DEFINITION_POINTER.fullmatch(pointer) for pointer in shared):
         return schema  # parts of the schema itself are looked at twice: too entangled to be sure
     return _closed(schema, alone=True, shared=shared, pointer="#")
 

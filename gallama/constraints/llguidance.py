@@ -44,6 +44,12 @@ _ANYTHING = "/(?s:.*)/"
 _LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 _COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
+# Lark's strings are JSON's, without these two escapes.
+_LARK_ESCAPES = {r"\b": r"\u0008", r"\f": r"\u000c"}
+# In front of a complaint and behind it: where in the Lark text, which the client has never seen.
+_PLACE_IN_LARK = re.compile(
+    r"\Aat \d+\(\d+\): (?:failed to compile JSON schema: )?|\n\s*\d+ \| .*\Z", re.DOTALL
+)
 _BEYOND_LIMITS = re.compile(r"too (complex|large|many|deep|big)|[Ll]imit|fuel|recursion|TooComplex")
 
 # What llguidance says -> the keyword it is about; group 1, where there is one, is that keyword's value.
@@ -127,7 +133,7 @@ class LLGuidanceBackend:
                 return _lark(tools_grammar(spec, self._vocabulary.control_tokens))
 
     def _explain(self, complaint: str, spec: ConstraintSpec) -> GallamaError:
-        complaint = complaint.partition("\n<non-verbose/>")[0].strip()
+        complaint = _PLACE_IN_LARK.sub("", complaint.partition("\n<non-verbose/>")[0].strip())
         for pattern, keyword, error in _COMPLAINTS:
             if found := pattern.search(complaint):
                 value = found.group(1) if pattern.groups and keyword else None
@@ -312,7 +318,8 @@ def _literal(text: str, control_tokens: Mapping[str, int]) -> str:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub(r"\\.", lambda escape: _LARK_ESCAPES.get(escape[0], escape[0]), quoted)
 
 
 def _json(schema: Schema, layout: Mapping[str, object]) -> str:

@@ -113,13 +113,14 @@ class ChatRunner:
     def _prepare(self, request: ChatRequest) -> _PreparedChat:
         control_tokens = self._engine.vocabulary.control_tokens
         self._refuse_foreign_biases(request.sampling)
+        # Before the prompt: what shows the tools in it relies on their schemas.
+        spec = self._constraint(request)
         prompt = render_prompt(self._template, self._dialect, request, control_tokens=control_tokens)
         token_ids = [token for segment in prompt.segments for token in self._engine.tokenize(segment)]
         start = self._engine.vocabulary.start_token_id
         if start is not None and token_ids[:1] != [start]:
             token_ids.insert(0, start)
         max_tokens = self._answer_room(request, len(token_ids))
-        spec = self._constraint(request, offers_tools=prompt.offers_tools)
         return _PreparedChat(
             prompt_token_ids=token_ids,
             max_tokens=max_tokens,
@@ -128,8 +129,8 @@ class ChatRunner:
             grammar=None if spec is None else self._grammars.compile(spec),
         )
 
-    def _constraint(self, request: ChatRequest, *, offers_tools: bool) -> ConstraintSpec | None:
-        if offers_tools:
+    def _constraint(self, request: ChatRequest) -> ConstraintSpec | None:
+        if request.tools and request.tool_choice.mode != "none":
             return admit_tools(
                 request.tools,
                 request.tool_choice,

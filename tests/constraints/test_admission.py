@@ -73,6 +73,43 @@ def test_what_is_no_schema_is_refused(schema: Any) -> None:
         admit_schema(schema, param="p")
 
 
+@pytest.mark.parametrize(
+    ("schema", "pointer"),
+    [
+        ({"format": "time", "allOf": 5}, "/allOf"),
+        ({"allOf": [TEXT, 5]}, "/allOf"),
+        ({"required": [["a"]], "properties": {"a": TEXT}}, "/required"),
+        ({"required": "a"}, "/required"),
+        ({"enum": {"a": 1}}, "/enum"),
+        ({"properties": [1]}, "/properties"),
+        ({"properties": {"x": 5}}, "/properties"),
+        ({"type": None}, "/type"),
+        ({"minLength": -1}, "/minLength"),
+        ({"minimum": "1"}, "/minimum"),
+        ({"format": ["time"]}, "/format"),
+        ({"$ref": 5}, "/$ref"),
+        ({"items": "x"}, "/items"),
+    ],
+)
+def test_a_keyword_with_a_value_of_another_kind_is_refused_with_its_pointer(
+    schema: Any, pointer: str
+) -> None:
+    with pytest.raises(InvalidConstraint, match="must be") as refusal:
+        admit_schema(in_object(schema), param="p")
+    assert f"`/properties/a~1b{pointer}` of `p`" in refusal.value.message
+
+
+def test_properties_that_may_be_one_written_twice_are_not_counted() -> None:
+    numbers = {"type": "object", "additionalProperties": {"type": "integer"}}
+    assert admit_schema({**numbers, "minProperties": 1}, param="p")
+    with pytest.raises(UnsupportedConstraint, match="`/minProperties` of `p`"):
+        admit_schema({**numbers, "minProperties": 2}, param="p")
+
+
+def test_formats_that_every_string_has_are_let_through() -> None:
+    assert admit_schema({**TEXT, "format": "path"}, param="p") == TEXT
+
+
 def test_a_schema_that_is_too_large_is_refused() -> None:
     with pytest.raises(ConstraintTooComplex, match="bytes"):
         admit_schema({"enum": ["x" * MAX_SCHEMA_BYTES]}, param="p")
@@ -119,6 +156,18 @@ def test_arguments_that_are_no_object_are_refused(parameters: dict[str, Any]) ->
 def test_a_tool_without_parameters_takes_none() -> None:
     spec = admit_tools([ToolSpec(name="a")], ToolChoice(), parallel=True, envelope=ENVELOPE)
     assert spec.tools[0].schema == {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def test_arguments_may_be_an_object_in_a_list_of_types() -> None:
+    tool = ToolSpec(name="a", parameters={"type": ["object"], "properties": {"x": TEXT}})
+    spec = admit_tools([tool], ToolChoice(), parallel=True, envelope=ENVELOPE)
+    assert spec.tools[0].schema["type"] == "object"  # type: ignore[index]
+
+
+def test_a_tool_that_may_not_be_called_must_still_be_one() -> None:
+    tools = [ToolSpec(name="a", parameters={"enum": 5}), ToolSpec(name="b")]
+    with pytest.raises(InvalidConstraint, match=r"`/enum` of `tools\[0\]"):
+        admit_tools(tools, ToolChoice(allowed=("b",)), parallel=True, envelope=ENVELOPE)
 
 
 def test_only_allowed_tools_are_callable() -> None:

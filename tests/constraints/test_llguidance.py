@@ -107,7 +107,9 @@ def test_json_objects_are_objects(
         assert text is None or isinstance(json.loads(text), dict)
 
 
-@pytest.mark.parametrize("options", [["yes", "yes sir", "no"], ["a\nb", '"quoted"', "ł😀"], ["x"]])
+@pytest.mark.parametrize(
+    "options", [["yes", "yes sir", "no"], ["a\nb", '"quoted"', "ł😀"], ["x"], ["\b\f\0", "\\b"]]
+)
 def test_a_choice_is_one_of_the_strings(
     backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, random_walk: Walk, options: list[str]
 ) -> None:
@@ -229,6 +231,24 @@ def test_a_refusal_names_the_keyword_and_its_pointer(
         start(backend, "json_schema", schema)
     assert words in refusal.value.message
     assert refusal.value.param == "response_format"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("date", "2023-02-29"), ("date", "1900-02-29"), ("date", "0000-01-01"),
+     ("date-time", "2023-02-29T00:00:00Z"), ("time", "10:10:60Z")],
+)  # fmt: skip
+def test_dates_and_times_exist(backend: LLGuidanceBackend, name: str, text: str) -> None:
+    instance = list(json.dumps(text).encode())
+    assert start(backend, "json_schema", {"format": name}).accepts(instance) < len(instance)
+    leap_day = list(b'"2024-02-29"')
+    assert start(backend, "json_schema", {"format": "date"}).accepts(leap_day) == len(leap_day)
+
+
+def test_a_refusal_does_not_quote_the_grammar(backend: LLGuidanceBackend) -> None:
+    with pytest.raises(UnsupportedConstraint) as refusal:
+        start(backend, "json_schema", {"format": "zork"})
+    assert refusal.value.message == "`/format` of `response_format` cannot be held: Unknown format: zork."
 
 
 def test_a_refusal_names_the_tool(backend: LLGuidanceBackend) -> None:

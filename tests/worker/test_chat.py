@@ -30,7 +30,7 @@ from gallama.conversation import (
 )
 from gallama.dialects.universal import UNIVERSAL
 from gallama.engines.scripted import Script, ScriptedEngine
-from gallama.errors import ContextLengthExceeded, GallamaError, InvalidRequest
+from gallama.errors import ContextLengthExceeded, GallamaError, InvalidConstraint, InvalidRequest
 from gallama.generation import Engine, GeneratedChunk, GenerationRequest, SamplingSettings, TokenLogprob
 from gallama.worker.chat import ChatRunner
 
@@ -213,6 +213,16 @@ async def test_a_constraint_that_cannot_be_held_is_refused_before_it_is_accepted
     with pytest.raises(GallamaError) as caught:
         await events_of(scripted(), request(constraint=constraint))
     assert caught.value.param == "regex_pattern"
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"required": 5}, {"required": [["a"]]}, {"properties": {"a": {"enum": {"x": 1}}}}]
+)
+async def test_a_tool_whose_schema_is_none_is_refused_before_it_is_shown(parameters: dict[str, Any]) -> None:
+    tools = (ToolSpec(name="f", parameters={"type": "object", "required": ["a"]} | parameters),)
+    with pytest.raises(InvalidConstraint) as caught:
+        await events_of(scripted(), request(tools=tools))
+    assert caught.value.param == "tools[0].function.parameters"
 
 
 # Stop words
