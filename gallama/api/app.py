@@ -137,5 +137,7 @@ def _url(listener: socket.socket) -> str:
 
 
 def _is_not_our_own_cut(record: logging.LogRecord) -> bool:
-    """False for uvicorn's complaint about streams that we end in the middle, after an error, on purpose."""
-    return record.msg != "ASGI callable returned without completing response."
+    """False for uvicorn's complaints about streams that are ended in the middle on purpose: after an error,
+    or because the server ends."""
+    is_cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not is_cancelled and record.msg != "ASGI callable returned without completing response."

@@ -3,6 +3,7 @@ r"""A stream of server-sent events: one `data: {...}\n\n` for each chunk."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -16,8 +17,12 @@ from gallama.api.client_presence import cancel_all, client_left
 from gallama.api.error_answers import error_body
 from gallama.errors import GallamaError
 
+logger = logging.getLogger(__name__)
+
 KEEP_ALIVE_SECONDS = 15.0
 """Proxies give up on a stream that is silent for long, as in a long prompt."""
+UNREAD_SECONDS = 60.0
+"""A client that takes nothing for so long, though it has not hung up, is left: others wait for its place."""
 
 _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
@@ -33,7 +38,7 @@ class EventStream(Response):
 
     An error among them is sent as one `data: {"error": ...}`; then the connection ends without [DONE] and
     without the end of its body, so that no client takes what it has for a whole answer. When the client
-    hangs up, the chunks' generator is closed at once.
+    hangs up, or reads no more, the chunks' generator is closed at once.
     """
 
     media_type = "text/event-stream"
@@ -51,9 +56,12 @@ class EventStream(Response):
             keeping_alive = asyncio.create_task(self._keep_alive(send))
             leaving = asyncio.create_task(client_left(receive))
             try:
-                await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if writing.done():
-                    writing.result()
+                tasks = {writing, keeping_alive, leaving}
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            except _UnreadStream:
+                logger.info("A stream ends: its client has read nothing for %.0f s.", UNREAD_SECONDS)
             finally:
                 await cancel_all(writing, keeping_alive, leaving)
 
@@ -76,4 +84,12 @@ class EventStream(Response):
 
     async def _send_body(self, send: Send, body: bytes, *, more: bool = True) -> None:
         self._last_sent = time.monotonic()
-        await send({"type": "http.response.body", "body": body, "more_body": more})
+        try:
+            async with asyncio.timeout(UNREAD_SECONDS):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise _UnreadStream from None
+
+
+class _UnreadStream(Exception):
+    """What was sent is not being read."""

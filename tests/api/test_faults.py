@@ -128,6 +128,7 @@ def test_a_second_ctrl_c_ends_running_streams_at_once(start_gateway: Any) -> Non
             answer.read()
         answer.close()
     wait_until_gone(workers)
+    assert "Traceback" not in gateway.log()
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_gateway_with_the_reason(start_gateway: Any) -> None:

@@ -86,3 +86,26 @@ async def test_hanging_up_closes_the_chunks_at_once() -> None:
     client.left.set()
     await asyncio.wait_for(sending, 1)
     assert closed.is_set()
+
+
+async def test_a_client_that_reads_no_more_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_sent_events, "UNREAD_SECONDS", 0.05)
+    closed = asyncio.Event()
+
+    async def endless() -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            while True:
+                yield {"a": 1}
+        finally:
+            closed.set()
+
+    class Sleeper(Client):
+        async def send(self, message: Any) -> None:
+            await super().send(message)
+            if len(self.messages) == 3:
+                await asyncio.Event().wait()
+
+    client = Sleeper()
+    await asyncio.wait_for(EventStream(endless())({}, client.receive, client.send), 1)
+    assert closed.is_set()
+    assert client.messages[-1]["more_body"] is True
