@@ -44,6 +44,10 @@ _ANYTHING = "/(?s:.*)/"
 _LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 _COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
+_SHORT_ESCAPES = '"\\bfnrt'
+# In a schema's JSON text: control characters, and patterns that may name some.
+_NEEDS_UNICODE_ESCAPES = re.compile(r"\\u00[01]|\x7f|\\\\[xuc0pP]")
+
 # Lark's strings are JSON's, without these two escapes.
 _LARK_ESCAPES = {r"\b": r"\u0008", r"\f": r"\u000c"}
 # In front of a complaint and behind it: where in the Lark text, which the client has never seen.
@@ -323,9 +327,11 @@ def _quoted(text: str) -> str:
 
 
 def _json(schema: Schema, layout: Mapping[str, object]) -> str:
-    options = {**layout, "json_allow_general_unicode_escapes": True}
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
+    # Without \u escapes no declared name can be spelled as if it were another, and no half surrogate written.
+    needs_escapes = _NEEDS_UNICODE_ESCAPES.search(json.dumps(schema))
+    options = layout if needs_escapes else {**layout, "json_allowed_escapes": _SHORT_ESCAPES}
     return f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}"
 
 

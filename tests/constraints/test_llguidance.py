@@ -99,6 +99,31 @@ def test_random_walks_end_in_valid_instances(
     assert ended, "some walks must have ended"
 
 
+def test_a_declared_name_cannot_be_spelled_as_if_it_were_another(backend: LLGuidanceBackend) -> None:
+    schema = {"type": "object", "properties": {"a": INTEGER}, "additionalProperties": True}
+    state = start(backend, "json_schema", schema)
+    assert state.accepts(list(rb'{"\u0061":')) < len(rb'{"\u0061":')
+    assert state.accepts(list('{"ä":"\\n"}'.encode())) == len('{"ä":"\\n"}'.encode())
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"const": "a\x01b"}, r'"a\u0001b"'),
+        ({"enum": ["\x1b[0m"]}, r'"\u001b[0m"'),
+        ({"pattern": r"^\x01$"}, r'"\u0001"'),
+        ({"type": "object", "properties": {"\x01": INTEGER}, "required": ["\x01"]}, r'{"\u0001":1}'),
+        ({"const": 'tab\t " \\ ł'}, r'"tab\t \" \\ ł"'),
+    ],
+)
+def test_a_schema_that_names_control_characters_gets_them(
+    backend: LLGuidanceBackend, schema: Any, text: str
+) -> None:
+    state = start(backend, "json_schema", {"type": "string", **schema})
+    assert state.advance(list(text.encode())) == len(text.encode())
+    assert state.status in ("may_end", "must_end")
+
+
 def test_json_objects_are_objects(
     backend: LLGuidanceBackend, byte_vocabulary: Vocabulary, random_walk: Walk
 ) -> None:
