@@ -6,8 +6,9 @@ before anything is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
@@ -174,8 +175,10 @@ def admit_schema(schema: Any, *, param: str) -> Schema:
         refuse_misshapen(pointer, subschema, param)
     cleaned: Schema = _normalized(schema)
     unenforceable = []
+    pointers = {pointer for pointer, _ in walk_schema(cleaned)}
     for pointer, subschema in walk_schema(cleaned):
         _refuse_foreign(pointer, subschema, param)
+        _refuse_reference_to_data(pointer, subschema, pointers, cleaned, param)
         _refuse_many_undeclared(pointer, subschema, param)
         unenforceable += [f"{pointer}/{keyword}" for keyword in subschema if keyword in UNENFORCEABLE]
     if unenforceable:
@@ -281,6 +284,31 @@ def _refuse_many_undeclared(pointer: str, schema: Mapping[str, Any], param: str)
             " not both declared and required.",
             param=param,
         )
+
+
+def _refuse_reference_to_data(
+    pointer: str, schema: Mapping[str, Any], pointers: Set[str], root: Schema, param: str
+) -> None:
+    """Refuse a reference to what is a schema only by being referred to: nothing in it has been checked."""
+    reference = unquote(str(schema.get("$ref", "")))
+    if reference.startswith("#/") and reference[1:] not in pointers and _is_object_at(reference, root):
+        raise InvalidConstraint(
+            f"`{pointer}/$ref` of `{param}` is {reference[:200]!r}, where JSON Schema has no schema. Put it"
+            " under `$defs`.",
+            param=param,
+        )
+
+
+def _is_object_at(reference: str, root: Any) -> bool:
+    for name in reference.split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        if isinstance(root, Mapping) and name in root:
+            root = root[name]
+        elif isinstance(root, list) and name.isdecimal() and int(name) < len(root):
+            root = root[int(name)]
+        else:
+            return False  # the constraint engine says that there is nothing
+    return isinstance(root, Mapping)
 
 
 def _refuse_foreign(pointer: str, schema: Mapping[str, Any], param: str) -> None:

@@ -62,6 +62,23 @@ def test_a_reference_out_of_the_schema_is_refused(reference: str) -> None:
         admit_schema(in_object({"$ref": reference}), param="p")
 
 
+def test_a_reference_to_a_place_that_is_not_checked_is_refused() -> None:
+    schema = {"$ref": "#/x/A", "x": {"A": {"type": "string", "format": "time"}}}
+    with pytest.raises(InvalidConstraint, match=r"Put it under `\$defs`"):
+        admit_schema(schema, param="p")
+
+
+@pytest.mark.parametrize("reference", ["#", "#/$defs/a~1b%20c", "#/properties/list/items", "#/$defs/any"])
+def test_a_reference_to_a_schema_inside_is_let_through(reference: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"list": {"type": "array", "items": TEXT}, "other": {"$ref": reference}},
+        "additionalProperties": False,
+        "$defs": {"a/b c": TEXT, "any": True},
+    }
+    assert admit_schema(schema, param="p") == schema
+
+
 def test_options_of_the_constraint_engine_are_refused() -> None:
     with pytest.raises(InvalidConstraint, match="x-guidance"):
         admit_schema({**TEXT, "x-guidance": {"lenient": True}}, param="p")
