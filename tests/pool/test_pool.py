@@ -242,8 +242,8 @@ class TestAdmission:
         launcher = FakeLauncher()
         async with running(model(max_concurrent_requests=2), launcher=launcher) as pool:
             tasks = [asyncio.create_task(answer(pool, "hang")) for _ in range(3)]
-            await until(lambda: pool.find("m").waiting == 1)
-            assert launcher.workers[0].busy == 2
+            await until(lambda: bool(launcher.workers) and launcher.workers[0].busy == 2)
+            assert pool.find("m").waiting == 1
             tasks[0].cancel()
             await until(lambda: len(launcher.workers[0].asked) == 3)
             assert pool.find("m").busy == 2
