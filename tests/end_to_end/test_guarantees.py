@@ -108,7 +108,7 @@ def test_every_required_or_named_call_fits_its_schema(url: str) -> None:
         for name, arguments in calls if finish_reason == "tool_calls" else calls[:-1]:
             assert name in allowed
             assert_valid(SCHEMAS[name], arguments)
-    assert sum(finish_reason == "tool_calls" for finish_reason, _, _ in answers) >= 95
+    assert sum(finish_reason == "tool_calls" for finish_reason, _, _ in answers) >= 90
 
 
 def test_every_call_that_begins_by_the_models_own_choice_fits_its_schema(url: str) -> None:
@@ -164,7 +164,7 @@ def test_every_json_answer_fits_its_schema(url: str) -> None:
         assert guarantee["complete"] == (finish_reason == "stop")
         if finish_reason == "stop":
             assert_valid(SCHEMAS[name], text)
-    assert sum(finish_reason == "stop" for _, finish_reason, _, _ in answers) >= 48
+    assert sum(finish_reason == "stop" for _, finish_reason, _, _ in answers) >= 45
 
 
 @pytest.mark.parametrize(
