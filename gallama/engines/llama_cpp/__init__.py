@@ -81,8 +81,7 @@ class LlamaCppEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closing = False
         self._scheduler = Scheduler(cache, options, self._hand_over)
-        self._warm_up()
-        self._scheduler.start()
+        self._scheduler.start(self._warm_up)
 
     def tokenize(self, text: str) -> list[int]:
         return self._model.tokenize(text.encode(), parse_control_tokens=True)

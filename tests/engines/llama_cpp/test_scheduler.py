@@ -176,7 +176,7 @@ def board() -> Iterator[Board]:
 
 
 def _running(board: Board) -> Iterator[Board]:
-    board.scheduler.start()
+    board.scheduler.start(warm_up=lambda: None)
     yield board
     board.scheduler.close()
 
@@ -370,7 +370,7 @@ def test_a_sequence_that_does_not_fit_the_cache_alone_ends_in_an_error() -> None
 
 def test_jobs_under_way_waiting_and_unseen_hear_that_the_model_goes() -> None:
     board = Board(slots=1)
-    board.scheduler.start()
+    board.scheduler.start(warm_up=lambda: None)
     running = board.submit(request([1], max_tokens=ENDLESS, sampling=WITHOUT_END))
     board.wait_for_tokens(running)
     others = [board.submit(request([2])) for _ in range(50)]
