@@ -81,6 +81,12 @@ class SequenceCache:
         """How many tokens `acquire` would find in the cache."""
         return self._longest_prefix(token_ids)[1]
 
+    def shorten(self, sequence: CachedSequence, length: int) -> None:
+        """Forget what of a sequence stands behind its first `length` tokens."""
+        if len(sequence.token_ids) > length:
+            self._kv.forget(sequence.id, length)
+            del sequence.token_ids[length:]
+
     def release(self, sequence: CachedSequence) -> None:
         """Work on the sequence has ended; its tokens stay in the cache while there is room."""
         self._clock += 1
@@ -153,9 +159,7 @@ class SequenceCache:
 
     def _move_prefix(self, source: CachedSequence | None, target: CachedSequence, shared: int) -> None:
         if source is target:
-            if len(target.token_ids) > shared:
-                self._kv.forget(target.id, shared)
-                del target.token_ids[shared:]
+            self.shorten(target, shared)
             return
         self._empty(target)
         if source is not None:

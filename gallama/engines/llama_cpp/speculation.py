@@ -19,11 +19,11 @@ from typing import Protocol
 from gallama.errors import GallamaError
 from gallama.generation import State
 
-# Last tokens that are looked up in the text, the longest first; and how many tokens a match of them is
-# trusted to foretell: two tokens alike mean little, four are mostly the beginning of a copy.
-_TRUSTED_TOKENS = {4: 64, 3: 6, 2: 3}
+# How many last tokens are looked up in the text, the longest run first, and how many tokens a match of them
+# is trusted to foretell: two tokens alike mean little, sixteen are a copy under way.
+_TRUSTED_TOKENS = {16: 64, 8: 16, 4: 8, 2: 3}
 # Places that are remembered for each length, 4 bytes each.
-_PLACES = 2**17
+_PLACES = 2**16
 # Tokens that one step takes into the index of one text, about a microsecond each.
 _INDEXED_PER_STEP = 2048
 

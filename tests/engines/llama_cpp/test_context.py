@@ -52,6 +52,15 @@ def test_at_least_the_last_token_is_left_to_compute() -> None:
     assert cache.acquire(PROMPT).token_ids == PROMPT[:-1]
 
 
+def test_the_end_of_a_sequence_can_be_taken_back() -> None:
+    cache, kv = make()
+    sequence = read(cache, PROMPT)
+    cache.shorten(sequence, 8)
+    append(cache, sequence, [1, 2])
+    cache.shorten(sequence, 50)
+    assert kv.tokens(sequence.id) == sequence.token_ids == [*PROMPT[:8], 1, 2]
+
+
 def test_a_prefix_of_a_few_tokens_is_not_worth_a_sequence() -> None:
     cache, _ = make()
     read_and_leave(cache, PROMPT)

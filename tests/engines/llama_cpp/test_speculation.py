@@ -30,7 +30,7 @@ def guess(text: Sequence[int], most_tokens: int = 16, state: State | None = None
 
 def looked_up(text: list[int], most_tokens: int) -> list[int]:
     """The same by searching the text for its last tokens, as slowly as that is."""
-    for length, trusted in ((4, most_tokens), (3, 6), (2, 3)):
+    for length, trusted in ((16, most_tokens), (8, 16), (4, 8), (2, 3)):
         for place in range(len(text) - 1, length - 1, -1):
             if text[place - length : place] == text[-length:]:
                 count = min(most_tokens, trusted)
@@ -55,7 +55,7 @@ def city(byte_vocabulary: Vocabulary) -> Callable[[bytes], State]:
 
 def test_a_copy_is_guessed_as_far_as_wished() -> None:
     source = list(range(100, 200))
-    assert guess([*source, 1, 2, *source[10:14]], 32) == source[14:46]
+    assert guess([*source, 1, 2, *source[10:26]], 64) == source[26:90]
 
 
 def test_the_latest_of_several_places_is_followed() -> None:
@@ -66,8 +66,10 @@ def test_a_longer_match_goes_before_a_later_one() -> None:
     assert guess([1, 2, 3, 4, 50, 9, 2, 3, 4, 60, 1, 2, 3, 4], 1) == [50]
 
 
-def test_two_tokens_alike_are_trusted_for_a_few_tokens_only() -> None:
-    assert guess([1, 2, *range(100, 150), 1, 2]) == [100, 101, 102]
+def test_the_fewer_tokens_are_alike_the_fewer_are_guessed() -> None:
+    source = list(range(100, 150))
+    lengths = [len(guess([*source, *source[:alike]], 32)) for alike in (1, 2, 3, 4, 8, 16)]
+    assert lengths == [0, 3, 3, 8, 16, 32]
 
 
 def test_a_loop_is_guessed_to_go_on() -> None:
