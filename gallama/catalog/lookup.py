@@ -6,13 +6,13 @@ import difflib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gallama.catalog.embedded import EMBEDDED, EmbeddedModel, find_embedded, installed_embedded
 from gallama.catalog.gguf_files import find_gguf, model_name_of
-from gallama.config import ModelSpec, ServerConfig, layer_values, validated
+from gallama.config import SPECULATION_KEYS, ModelSpec, ServerConfig, layer_values, validated
 from gallama.errors import InvalidConfig
 
 
@@ -33,7 +33,8 @@ class ResolvedModel:
 def resolve_model(values: Mapping[str, Any], config: ServerConfig) -> ResolvedModel:
     """The model that the values name, with its settings.
 
-    `model_id` is looked up as a name or alias in the config file, as a path, and as an embedded model.
+    `model_id` is looked up as a name or alias in the config file, as a path, and as an embedded model;
+    so is `draft_model_id`, which is a whole path in the settings that are returned.
     The values go over the config file's, these over `_global`, and that over the model's own defaults.
 
     Args:
@@ -42,10 +43,15 @@ def resolve_model(values: Mapping[str, Any], config: ServerConfig) -> ResolvedMo
     Raises:
         InvalidConfig: there is no such model, or a value is not allowed.
     """
-    entry = _find_entry(_validated(values).model_id, config)
+    # How to guess ahead is judged when it is whole: the config file may have the other half.
+    alone = {key: value for key, value in values.items() if key not in SPECULATION_KEYS}
+    entry = _find_entry(_validated(alone).model_id, config)
     if entry is None:
-        return _resolve_file_or_embedded(layer_values(config.model_defaults, values), config)
-    return _resolve_entry(entry, values, config)
+        model = _resolve_file_or_embedded(layer_values(config.model_defaults, values), config)
+    else:
+        model = _resolve_entry(entry, values, config)
+    is_from_file = values.get("draft_model_id") is None and config.file is not None
+    return _with_draft_file(model, config, _folder_of(config) if is_from_file else Path.cwd())
 
 
 def known_models(config: ServerConfig) -> list[ResolvedModel]:
@@ -83,7 +89,12 @@ def check_names(models: Sequence[ResolvedModel]) -> None:
 
 def _validated(values: Mapping[str, Any]) -> ModelSpec:
     asked = values.get("model_id", "")
-    return validated(ModelSpec, values, lambda keys: f"model {asked!r}, `{'.'.join(map(str, keys))}`")
+    return validated(ModelSpec, values, lambda keys: _place(asked, keys))
+
+
+def _place(model_id: str, keys: Sequence[str | int]) -> str:
+    """Where a value is, in the user's words; without keys it is the model as a whole."""
+    return f"model {model_id!r}, `{'.'.join(map(str, keys))}`" if keys else f"model {model_id!r}"
 
 
 def _find_entry(model_id: str, config: ServerConfig) -> str | None:
@@ -100,10 +111,9 @@ def _find_entry(model_id: str, config: ServerConfig) -> str | None:
 
 def _resolve_entry(entry: str, values: Mapping[str, Any], config: ServerConfig) -> ResolvedModel:
     """A model of the config file; the values go over its own."""
-    assert config.file is not None
     of_entry = config.models[entry].model_dump(exclude_unset=True)
     asked = {**values, "model_id": of_entry["model_id"]}
-    folder = config.file.absolute().parent
+    folder = _folder_of(config)
     spec, path = _find_file(layer_values(of_entry, asked), folder)
     if path is None:
         raise InvalidConfig(
@@ -137,6 +147,42 @@ def _find_file(values: Mapping[str, Any], folder: Path) -> tuple[ModelSpec, Path
     if embedded is None:
         return spec, None
     return _validated(layer_values(embedded.defaults, values)), _installed_file(spec.model_id, embedded)
+
+
+def _with_draft_file(model: ResolvedModel, config: ServerConfig, folder: Path) -> ResolvedModel:
+    """The model with the file, as a whole path, and the name of its draft model."""
+    asked = model.spec.draft_model_id
+    if asked is None:
+        return model
+    entry = _find_entry(asked, config)
+    if entry is not None:
+        asked, folder = config.models[entry].model_id, _folder_of(config)
+    path = _draft_file(asked, folder)
+    if path is None:
+        raise InvalidConfig(
+            f"model {model.name!r}, `draft_model_id`: {model.spec.draft_model_id!r} is no model of the config"
+            f" file, no file or folder ({_location(asked, folder)}), and no embedded model"
+            f" ({', '.join(EMBEDDED)})."
+        )
+    name = model.spec.draft_model_name or entry or model_name_of(_location(asked, folder))
+    return replace(
+        model,
+        spec=model.spec.model_copy(update={"draft_model_id": str(path), "draft_model_name": name}),
+    )
+
+
+def _draft_file(model_id: str, folder: Path) -> Path | None:
+    location = _location(model_id, folder)
+    if os.path.exists(location):
+        return find_gguf(location)
+    embedded = find_embedded(model_id)
+    return _installed_file(model_id, embedded) if embedded else None
+
+
+def _folder_of(config: ServerConfig) -> Path:
+    """Where the paths in the config file start."""
+    assert config.file is not None, "a config without a file has no paths"
+    return config.file.absolute().parent
 
 
 def _location(path: str, folder: Path) -> Path:

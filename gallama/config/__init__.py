@@ -3,13 +3,14 @@
 from gallama.config.config_file import default_config_path, find_config_file, read_config_file
 from gallama.config.default_config import default_config_text, write_default_config
 from gallama.config.model_argument import parse_model_argument
-from gallama.config.model_spec import ModelSpec, SamplingDefaults, layer_values
+from gallama.config.model_spec import SPECULATION_KEYS, ModelSpec, SamplingDefaults, layer_values
 from gallama.config.problems import validated
 from gallama.config.server_config import ServerConfig
 from gallama.config.sources import FLAGS, load_config
 
 __all__ = [
     "FLAGS",
+    "SPECULATION_KEYS",
     "ModelSpec",
     "SamplingDefaults",
     "ServerConfig",

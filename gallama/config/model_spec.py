@@ -50,13 +50,8 @@ HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
     "model_type": ("llm",),
     "cache_quant": (None, "FP16", "Q8", "Q4"),
     "tp": (False,),
-    "speculative": (None, "off"),
-    "draft_model_id": (None,),
-    "draft_model_name": (None,),
-    "draft_gpus": (None,),
-    "draft_cache_size": (None,),
-    "draft_cache_quant": (None,),
-    "num_draft_tokens": (None,),
+    "speculative": (None, *get_args(Speculative)),
+    "draft_cache_quant": (None, "FP16", "Q8", "Q4"),
     "reserve_vram": (None,),
     "ttl_seconds": (None,),
     "pinned": (False,),
@@ -65,6 +60,11 @@ HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
 
 NESTED_KEYS = ("backend_extra_args", "default_sampling")
 """The keys that hold settings of their own: written with a dot in `-id`, overridden one by one."""
+
+_DRAFT_KEYS = ("draft_model_id", "draft_model_name", "draft_gpus", "draft_cache_size", "draft_cache_quant")
+SPECULATION_KEYS = ("speculative", *_DRAFT_KEYS, "num_draft_tokens")
+"""The keys that must go together: each may be right only beside another."""
+_DRAFT_TOKENS = {"off": 0, "draft": 8, "ngram": 16}
 
 CACHE_PAGE_TOKENS = 256
 MAX_TOKENS = 2**30
@@ -214,19 +214,24 @@ class ModelSpec(ConfigModel):
     tp: bool = False
     """Split every layer over all GPUs (tensor parallel)."""
     speculative: Speculative | None = None
-    """How tokens are guessed ahead. Default: with the draft model when one is named, else off."""
-    draft_model_id: Text | None = None
-    """The model that drafts tokens for this one to check."""
-    draft_model_name: Text | None = None
-    """The draft model's name in logs and status."""
-    draft_gpus: Gpus | None = None
-    """As gpus, for the draft model."""
-    draft_cache_size: Tokens | None = None
-    """As cache_size, for the draft model."""
-    draft_cache_quant: CacheQuant | None = None
-    """As cache_quant, for the draft model."""
-    num_draft_tokens: Annotated[Count, Field(ge=1, le=64)] | None = None
-    """Tokens to draft in one go."""
+    """How tokens are guessed ahead, to be checked several at a time: with a draft model, by ngram, which is
+    what followed the same words before in prompt and answer, or by auto, the draft model if one is named,
+    else ngram. Answers stay the same. Default: draft when a draft model is named, else off."""
+    draft_model_id: Annotated[Text | None, Field(examples=["/path/to/small-model.gguf"])] = None
+    """The small model that drafts: one with the same vocabulary, named in the ways of model_id, or by its
+    name in this file, of which only the file counts."""
+    draft_model_name: Annotated[Text | None, Field(examples=["my-small-model"])] = None
+    """The draft model's name in logs and errors. Default: that of its section or file."""
+    draft_gpus: Annotated[Gpus | None, Field(examples=[[2, 0, 0, 0]])] = None
+    """As gpus, for the draft model. Default: as the model."""
+    draft_cache_size: Annotated[Tokens | None, Field(examples=[32768])] = None
+    """Tokens of the draft model's cache; an answer that does not fit goes on without drafts.
+    Default: as many as the model's."""
+    draft_cache_quant: Annotated[CacheQuant | None, Field(examples=["Q8"])] = None
+    """How the draft model's cache is stored. Default: as the model's."""
+    num_draft_tokens: Annotated[Count | None, Field(ge=1, le=64, examples=[8])] = None
+    """Tokens to guess in one go, at most; fewer where that is faster.
+    Default: 8 with a draft model, 16 with ngram."""
     reserve_vram: Annotated[Number, Field(ge=0)] | None = None
     """Gigabytes to keep free on each GPU."""
     ttl_seconds: Annotated[Number, Field(ge=0)] | None = None
@@ -265,6 +270,50 @@ class ModelSpec(ConfigModel):
         if longest is not None and whole_pages < longest:
             raise ValueError(f"must be at least max_seq_len ({longest}), not {cache_size}")
         return whole_pages
+
+    @property
+    def speculation(self) -> Literal["off", "draft", "ngram"]:
+        """How tokens are guessed ahead, all told."""
+        if self.speculative is None:
+            return "draft" if self.draft_model_id else "off"
+        if self.speculative == "auto":
+            return "draft" if self.draft_model_id else "ngram"
+        return self.speculative
+
+    @property
+    def most_draft_tokens(self) -> int:
+        """Tokens to guess in one go, at most; 0 where none are."""
+        return self.num_draft_tokens or _DRAFT_TOKENS[self.speculation]
+
+    @model_validator(mode="after")
+    def _check_speculation(self) -> ModelSpec:
+        speculation = self.speculation
+        if speculation == "draft" and not self.draft_model_id:
+            raise ValueError("`speculative` is draft, but there is no `draft_model_id`; name a draft model")
+        unused = [key for key in _DRAFT_KEYS if getattr(self, key) is not None and speculation != "draft"]
+        if self.num_draft_tokens is not None and speculation == "off":
+            unused.append("num_draft_tokens")
+        if unused:
+            raise ValueError(f"`{'`, `'.join(unused)}` would not be used: {self._why_no_draft_model()}")
+        if speculation != "off" and self.backend not in ("auto", "llama_cpp"):
+            raise ValueError(f"the backend {self.backend} does not guess ahead; leave `speculative` out")
+        self._check_that_drafts_fit_a_batch()
+        return self
+
+    def _why_no_draft_model(self) -> str:
+        if self.speculation == "off" and self.speculative is None:
+            return "there is no `draft_model_id`; name a draft model, or leave them out"
+        return f"`speculative` is {self.speculative}; leave them out, or change it"
+
+    def _check_that_drafts_fit_a_batch(self) -> None:
+        batch_tokens = str(self.backend_extra_args.get("n_batch", ""))  # what else is wrong, the engine tells
+        needed = self.max_concurrent_requests + self.most_draft_tokens
+        if self.speculation != "off" and batch_tokens.isdigit() and int(batch_tokens) < needed:
+            raise ValueError(
+                f"`backend_extra_args.n_batch` is {batch_tokens}, but a batch must hold a token of each"
+                f" request (`max_concurrent_requests`: {self.max_concurrent_requests}) and one draft"
+                f" (`num_draft_tokens`: {self.most_draft_tokens})"
+            )
 
     @field_validator(*HONOURED_VALUES)
     @classmethod

@@ -191,3 +191,60 @@ def test_names_lead_to_one_model_each(folder: Path) -> None:
     for other in (model("a", "/b"), model("b", "/b", "x"), model("x", "/a")):
         with pytest.raises(InvalidConfig, match="belongs to two models"):
             check_names([model("a", "/a", "x"), other])
+
+
+def draft(model: ResolvedModel) -> tuple[str | None, str | None]:
+    return model.spec.draft_model_id, model.spec.draft_model_name
+
+
+def test_a_draft_model_is_found_as_a_path_and_as_an_embedded_model(folder: Path) -> None:
+    gguf(folder / "big.gguf")
+    path = gguf(folder / "small.Q4.gguf")
+    assert draft(resolve(model_id="big.gguf", draft_model_id="small.Q4.gguf")) == (str(path), "small.Q4")
+    named = resolve(model_id="big.gguf", draft_model_id="./small.Q4.gguf", draft_model_name="small")
+    assert draft(named) == (str(path), "small")
+    embedded, name = draft(resolve(model_id="big.gguf", draft_model_id="smollm2-135m"))
+    assert Path(embedded or "").name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert name == "smollm2-135m"
+
+
+@pytest.mark.parametrize("asked", ["small", "s1"])
+def test_a_draft_model_is_found_in_the_config_file(folder: Path, asked: str) -> None:
+    gguf(folder / "big.gguf")
+    path = gguf(folder / "models" / "x.gguf")
+    settings = config(
+        folder,
+        f"big: {{model_id: big.gguf, draft_model_id: {asked}}}\n"
+        "small: {model_id: models/x.gguf, aliases: [s1], cache_size: 512}\n",
+    )
+    model = resolve(settings, model_id="big")
+    assert draft(model) == (str(path), "small")
+    assert model.spec.draft_cache_size is None
+
+
+def test_a_draft_models_path_starts_where_it_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf(folder / "big.gguf")
+    in_config, in_shell = gguf(folder / "small.gguf"), gguf(folder / "shell" / "small.gguf")
+    settings = config(folder, "big: {model_id: big.gguf, draft_model_id: small.gguf}\n")
+    monkeypatch.chdir(in_shell.parent)
+    assert draft(resolve(settings, model_id="big"))[0] == str(in_config)
+    assert draft(resolve(settings, model_id="big", draft_model_id="small.gguf"))[0] == str(in_shell)
+
+
+def test_a_draft_model_that_is_nowhere_is_named(folder: Path) -> None:
+    gguf(folder / "big.gguf")
+    settings = config(folder, "big: {model_id: big.gguf, draft_model_id: gone.gguf}\n")
+    with pytest.raises(InvalidConfig) as raised:
+        known_models(settings)
+    assert "model 'big', `draft_model_id`: 'gone.gguf' is no model of the config file" in raised.value.message
+    assert str(folder / "gone.gguf") in raised.value.message
+
+
+def test_the_config_file_and_the_values_agree_on_how_to_guess_ahead_together(folder: Path) -> None:
+    gguf(folder / "x.gguf")
+    settings = config(folder, "m: {model_id: x.gguf, speculative: ngram}\n")
+    assert resolve(settings, model_id="m", num_draft_tokens=5).spec.most_draft_tokens == 5
+    message = problem(settings, model_id="m", draft_model_id="x.gguf")
+    assert message.startswith("model 'x.gguf': `draft_model_id` would not be used: `speculative` is ngram")

@@ -65,14 +65,7 @@ def test_a_cache_size_that_is_no_count_of_tokens_is_refused(size: object) -> Non
         ("tp", True),
         ("tp", "yes"),
         ("cache_quant", "Q6"),
-        ("speculative", "ngram"),
-        ("speculative", "auto"),
-        ("draft_model_id", "small"),
-        ("draft_model_name", "small"),
-        ("draft_gpus", "auto"),
-        ("draft_cache_size", 1024),
-        ("draft_cache_quant", "Q8"),
-        ("num_draft_tokens", 4),
+        ("draft_cache_quant", "Q6"),
         ("reserve_vram", 1),
         ("ttl_seconds", 60),
         ("pinned", True),
@@ -186,3 +179,69 @@ def test_nested_settings_are_overridden_one_by_one() -> None:
         "cache_size": 3,
         "backend_extra_args": {"n_batch": 4, "n_threads": 2},
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "speculation", "most_draft_tokens"),
+    [
+        ({}, "off", 0),
+        ({"speculative": "off"}, "off", 0),
+        ({"speculative": "ngram"}, "ngram", 16),
+        ({"speculative": "auto"}, "ngram", 16),
+        ({"speculative": "AUTO", "draft_model_id": "small"}, "draft", 8),
+        ({"draft_model_id": "small"}, "draft", 8),
+        ({"speculative": "draft", "draft_model_id": "small", "num_draft_tokens": "3"}, "draft", 3),
+    ],
+)
+def test_a_draft_model_drafts_unless_the_spec_says_otherwise(
+    values: dict[str, Any], speculation: str, most_draft_tokens: int
+) -> None:
+    asked = spec(**values)
+    assert (asked.speculation, asked.most_draft_tokens) == (speculation, most_draft_tokens)
+
+
+def test_drafting_with_a_model_needs_one() -> None:
+    assert "there is no `draft_model_id`; name a draft model" in problem(speculative="draft")
+
+
+@pytest.mark.parametrize("speculative", ["ngram", "off"])
+def test_a_draft_model_beside_another_way_of_guessing_is_refused(speculative: str) -> None:
+    message = problem(speculative=speculative, draft_model_id="small", draft_gpus="0,8")
+    assert "`draft_model_id`, `draft_gpus` would not be used" in message
+    assert f"`speculative` is {speculative}; leave them out, or change it" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("draft_model_name", "small"),
+        ("draft_gpus", "auto"),
+        ("draft_cache_size", 1024),
+        ("draft_cache_quant", "Q8"),
+        ("num_draft_tokens", 4),
+    ],
+)
+def test_how_to_draft_without_anything_that_drafts_is_refused(key: str, value: object) -> None:
+    assert f"`{key}` would not be used: there is no `draft_model_id`" in problem(**{key: value})
+
+
+def test_only_one_engine_guesses_ahead() -> None:
+    assert "the backend scripted does not guess ahead" in problem(speculative="ngram", backend="scripted")
+
+
+def test_a_batch_must_hold_a_draft() -> None:
+    arguments = {"n_batch": 32}
+    assert spec(speculative="ngram", backend_extra_args=arguments).most_draft_tokens == 16
+    message = problem(speculative="ngram", num_draft_tokens=17, backend_extra_args=arguments)
+    assert "`backend_extra_args.n_batch` is 32" in message
+    assert "`num_draft_tokens`: 17" in message
+
+
+@pytest.mark.parametrize("count", [0, 65, "many", True])
+def test_a_draft_has_a_length_within_bounds(count: object) -> None:
+    assert problem(speculative="ngram", num_draft_tokens=count).startswith("num_draft_tokens: ")
+
+
+def test_how_to_guess_ahead_survives_the_way_to_the_worker() -> None:
+    sent = spec(draft_model_id="/small.gguf", draft_gpus="2,0", draft_cache_size=1000, draft_cache_quant="q8")
+    assert ModelSpec.model_validate_json(sent.model_dump_json()) == sent
