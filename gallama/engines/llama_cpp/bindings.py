@@ -9,15 +9,18 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import llama_cpp.llama_cpp as lib
 import numpy as np
 from numpy.typing import NDArray
 
+import gallama
+from gallama.engines.llama_cpp.vocabulary_cache import VocabularyTables, cached_tables
 from gallama.errors import InvalidConfig, ModelLoadFailed
 from gallama.generation import Vocabulary
 
@@ -26,6 +29,9 @@ logger = logging.getLogger(__name__)
 CACHE_TYPES = {"FP16": lib.GGML_TYPE_F16, "Q8": lib.GGML_TYPE_Q8_0, "Q4": lib.GGML_TYPE_Q4_0}
 
 _TOKEN_TEXT_BYTES = 1024
+# What stands in a GGUF file before its tensors. The largest vocabularies take some 20 MB.
+_LARGEST_HEADER_BYTES = 128 << 20
+_COMPARED_TOKENS = 64
 _AUTOMATIC = -1
 _NO_TEXT = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_UNUSED
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
@@ -79,6 +85,8 @@ class ModelOptions:
     """Share of the model on each visible GPU, in any unit."""
     use_mmap: bool = True
     use_mlock: bool = False
+    cache_folder: Path | None = None
+    """Where the vocabulary is kept from one start to the next; None: nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +120,8 @@ class NativeModel:
         self._pointer = lib.llama_model_load_from_file(str(path).encode(), params)
         if not self._pointer:
             raise ModelLoadFailed(f"llama.cpp could not load {path}; its log lines say why.")
+        self._path = path
+        self._cache_folder = options.cache_folder
         self._vocab = lib.llama_model_get_vocab(self._pointer)
         self.vocabulary_size: int = lib.llama_vocab_n_tokens(self._vocab)
         self.trained_context_length: int = lib.llama_model_n_ctx_train(self._pointer)
@@ -139,26 +149,22 @@ class NativeModel:
         Raises:
             InvalidConfig: an extra end token is not a token of this model.
         """
-        attributes = [lib.llama_vocab_get_attr(self._vocab, token) for token in range(self.vocabulary_size)]
-        texts = [self._token_text(token) for token in range(self.vocabulary_size)]
-        control = {
-            texts[token].decode(errors="replace"): token
-            for token, attribute in enumerate(attributes)
-            if attribute & lib.LLAMA_TOKEN_ATTR_CONTROL and texts[token]
-        }
-        ends = {token for token in range(self.vocabulary_size) if lib.llama_vocab_is_eog(self._vocab, token)}
-        ends |= {self._end_token(text) for text in extra_end_tokens}
-        plain = tuple(
-            b"" if attribute & _NO_TEXT or token in ends else text
-            for token, (attribute, text) in enumerate(zip(attributes, texts, strict=True))
-        )
+        tables = self._tables()
+        texts, attributes = tables.texts, np.array(tables.attributes, dtype=np.int64)
+        ends = set(tables.end_token_ids) | {self._end_token(text) for text in extra_end_tokens}
+        plain = list(texts)
+        for token in (*np.flatnonzero(attributes & _NO_TEXT), *ends):
+            plain[token] = b""
         return Vocabulary(
-            tokens=plain,
-            control_tokens=control,
+            tokens=tuple(plain),
+            control_tokens={
+                texts[token].decode(errors="replace"): int(token)
+                for token in np.flatnonzero(attributes & lib.LLAMA_TOKEN_ATTR_CONTROL)
+                if texts[token]
+            },
             marks=frozenset(
                 texts[token].decode(errors="replace")
-                for token, attribute in enumerate(attributes)
-                if attribute & lib.LLAMA_TOKEN_ATTR_USER_DEFINED
+                for token in np.flatnonzero(attributes & lib.LLAMA_TOKEN_ATTR_USER_DEFINED)
             ),
             end_token_ids=frozenset(ends),
             end_token_id=self._preferred_end(ends),
@@ -170,13 +176,57 @@ class NativeModel:
     def close(self) -> None:
         lib.llama_model_free(self._pointer)
 
-    def _token_text(self, token: int) -> bytes:
+    def _tables(self) -> VocabularyTables:
+        """The vocabulary as llama.cpp has it, from the cache where it is there."""
+        digest = None if self._cache_folder is None else self._header_digest()
+        if self._cache_folder is None or digest is None:
+            return self._build_tables()
+        return cached_tables(self._cache_folder / digest, self._build_tables, self._fits)
+
+    def _header_digest(self) -> str | None:
+        """The digest of all in the model's file but its tensors: a few megabytes, whatever the model's size.
+
+        None for a model that is split over several files; it takes long to load anyway.
+        """
+        try:
+            header_bytes = self._path.stat().st_size - lib.llama_model_size(self._pointer)
+            if self._is_split() or not 0 < header_bytes <= _LARGEST_HEADER_BYTES:
+                return None
+            with self._path.open("rb") as file:
+                return hashlib.sha256(file.read(header_bytes)).hexdigest()
+        except OSError:
+            return None
+
+    def _is_split(self) -> bool:
+        return bool(lib.llama_model_meta_val_str(self._pointer, b"split.count", None, 0) >= 0)
+
+    def _build_tables(self) -> VocabularyTables:
+        tokens = range(self.vocabulary_size)
+        return VocabularyTables(
+            made_by=_versions(),
+            texts=tuple(self._token_texts(tokens)),
+            attributes=tuple(lib.llama_vocab_get_attr(self._vocab, token) for token in tokens),
+            end_token_ids=tuple(token for token in tokens if lib.llama_vocab_is_eog(self._vocab, token)),
+        )
+
+    def _fits(self, tables: VocabularyTables) -> bool:
+        """Whether tables from elsewhere are as long as this vocabulary, and the same in a few places."""
+        size = self.vocabulary_size
+        if tables.made_by != _versions() or not len(tables.texts) == len(tables.attributes) == size:
+            return False
+        if not all(0 <= token < size for token in tables.end_token_ids):
+            return False
+        looked_at = range(0, size, max(1, size // _COMPARED_TOKENS))
+        return list(self._token_texts(looked_at)) == [tables.texts[token] for token in looked_at]
+
+    def _token_texts(self, tokens: Sequence[int]) -> Iterator[bytes]:
         buffer = ctypes.create_string_buffer(_TOKEN_TEXT_BYTES)
-        length = lib.llama_token_to_piece(self._vocab, token, buffer, _TOKEN_TEXT_BYTES, 0, True)
-        if length < 0:
-            buffer = ctypes.create_string_buffer(-length)
-            length = lib.llama_token_to_piece(self._vocab, token, buffer, -length, 0, True)
-        return buffer.raw[:length]
+        for token in tokens:
+            length = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+            if length < 0:
+                buffer = ctypes.create_string_buffer(-length)
+                length = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+            yield ctypes.string_at(buffer, length)
 
     def _end_token(self, text: str) -> int:
         tokens = self.tokenize(text.encode(), parse_control_tokens=True)
@@ -210,6 +260,13 @@ class NativeModel:
             return self.tokenize(b"\n" + text, parse_control_tokens=False)[len(newline) :]
 
         return encode
+
+
+def _versions() -> str:
+    """What reads vocabularies: gallama and llama.cpp, whose library may have been built anew."""
+    library = Path(lib._lib._name).stat()
+    parts = (gallama.__version__, llama_cpp.__version__, library.st_size, library.st_mtime_ns)
+    return " ".join(map(str, parts))
 
 
 def _load_mode(options: ModelOptions) -> int:
@@ -249,6 +306,10 @@ class NativeContext:
             raise KvCacheFull
         if code != 0:
             raise DecodeFailed(f"llama_decode returned {code}")
+
+    def set_threads(self, threads: int, batch_threads: int) -> None:
+        """Compute later batches with so many threads, those of several tokens with `batch_threads`."""
+        lib.llama_set_n_threads(self._pointer, threads, batch_threads)
 
     def logits(self, batch_index: int) -> NDArray[np.float32]:
         """The logits of one token of the last batch, shape (vocabulary size,), until the next decode."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError
 
 from gallama.config import ModelSpec
+from gallama.config.config_file import default_config_path
 from gallama.engines.llama_cpp import bindings
+from gallama.engines.llama_cpp.processor_cores import Cores, OwnCores, cores_to_share, usable_cores
 from gallama.errors import InvalidConfig
 
 # Sequences kept in the cache beside those of the busy slots.
@@ -84,6 +86,7 @@ def model_options(spec: ModelSpec, options: LlamaCppOptions) -> bindings.ModelOp
         gpu_split=gigabytes,
         use_mmap=options.use_mmap,
         use_mlock=options.use_mlock,
+        cache_folder=_cache_folder(),
     )
 
 
@@ -115,25 +118,29 @@ def context_options(
     )
 
 
+def choose_cores(options: LlamaCppOptions) -> Cores:
+    """The cores to compute on: as many as the spec says, else what there is, shared with other workers.
+
+    A model that is on a GPU as a whole leaves little to compute on cores, so it takes no part in sharing.
+    """
+    if options.n_threads is not None:
+        return OwnCores(options.n_threads)
+    if bindings.supports_gpus() and options.n_gpu_layers < 0:
+        return OwnCores(usable_cores())
+    return cores_to_share()
+
+
 def choose_context_length(spec: ModelSpec, trained_context_length: int) -> int:
     """The longest sequence: what the spec says, else what the model was trained for and the cache holds."""
     return spec.max_seq_len or min(trained_context_length, spec.cache_size or trained_context_length)
 
 
-def usable_cores() -> int:
-    """Processor cores that this process may use; llama.cpp collapses when its threads share one."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(affinity, _cgroup_cores()))
-
-
-def _cgroup_cores() -> int:
-    """The quota of a container, in whole cores; as good as none where it has no limit."""
-    unlimited = 1 << 16
+def _cache_folder() -> Path | None:
+    """Where vocabularies are kept: beside the config file; None for a user without a home."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return unlimited if quota == "max" else max(1, int(quota) // int(period))
-    except (OSError, ValueError):
-        return unlimited
+        return default_config_path(os.environ).parent / "cache" / "vocabularies"
+    except RuntimeError:
+        return None
 
 
 def _round_up(tokens: int) -> int:
