@@ -10,14 +10,18 @@ Everything here runs on the scheduler's thread.
 
 from __future__ import annotations
 
+import logging
 import math
 from array import array
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from gallama.errors import GallamaError
 from gallama.generation import State
+
+logger = logging.getLogger(__name__)
 
 # How many last tokens are looked up in the text, the longest run first, and how many tokens a match of them
 # is trusted to foretell: two tokens alike mean little, sixteen are a copy under way.
@@ -61,9 +65,9 @@ def cut_to_grammar(state: State, token_ids: Sequence[int], most_tokens: int) -> 
     What is forced takes the place of the guess, as it would without a draft: the same text cut into other
     tokens is refused when it is checked.
     """
-    place = state.clone()
     taken: list[int] = []
-    try:
+    with errors_end_the_draft():
+        place = state.clone()
         while len(taken) < most_tokens and place.status in ("running", "may_end"):
             run = place.forced()
             if not run and taken == token_ids[: len(taken)]:
@@ -71,9 +75,18 @@ def cut_to_grammar(state: State, token_ids: Sequence[int], most_tokens: int) -> 
             if not run or place.advance(run) < len(run):
                 break
             taken += run
-    except GallamaError:  # it breaks on a guess; whether it does on the answer is to be seen
-        pass
     return taken[:most_tokens]
+
+
+@contextmanager
+def errors_end_the_draft() -> Iterator[None]:
+    """Let a grammar break on a guess: whether it does so on the answer is to be seen."""
+    try:
+        yield
+    except GallamaError:
+        logger.debug("a grammar broke on a guess", exc_info=True)
+    except BaseException:  # a Rust panic is one
+        logger.exception("a grammar broke on a guess")
 
 
 class NgramDrafter:
