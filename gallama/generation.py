@@ -154,6 +154,14 @@ class EngineStatus:
     busy_slots: int
     waiting: int
     cached_tokens: int
+    sampled_tokens: int = 0
+    """Tokens chosen since the engine was loaded; so are the other totals."""
+    forced_tokens: int = 0
+    """Tokens that grammars left no choice about."""
+    drafted_tokens: int = 0
+    """Tokens guessed ahead and checked."""
+    accepted_draft_tokens: int = 0
+    """How many of them were right."""
 
 
 class Engine(Protocol):

@@ -52,11 +52,15 @@ Call = ChatCall | StatusCall
 
 
 class WorkerStatus(Struct, frozen=True, tag=True, kw_only=True):
-    """What the worker's engine is doing now."""
+    """What the worker's engine is doing now, as in `generation.EngineStatus`."""
 
     busy_slots: int
     waiting: int
     cached_tokens: int
+    sampled_tokens: int = 0
+    forced_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 class WorkerOrder(Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
@@ -83,10 +84,7 @@ class ConnectionAnswerer:
             yield Failure(_unexpected_error(request.request_id))
 
     def _status(self) -> WorkerStatus:
-        status = self._engine_status()
-        return WorkerStatus(
-            busy_slots=status.busy_slots, waiting=status.waiting, cached_tokens=status.cached_tokens
-        )
+        return WorkerStatus(**dataclasses.asdict(self._engine_status()))
 
 
 @contextlib.asynccontextmanager

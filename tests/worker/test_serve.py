@@ -36,7 +36,15 @@ class ScriptedRunner:
         self.ended = asyncio.Event()
 
     def status(self) -> EngineStatus:
-        return EngineStatus(busy_slots=self.running, waiting=0, cached_tokens=5)
+        return EngineStatus(
+            busy_slots=self.running,
+            waiting=0,
+            cached_tokens=5,
+            sampled_tokens=6,
+            forced_tokens=7,
+            drafted_tokens=8,
+            accepted_draft_tokens=9,
+        )
 
     async def run(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         task = request.messages[0].content
@@ -144,5 +152,13 @@ async def test_status_is_told_while_work_goes_on() -> None:
     async with serving(ADDRESS, SECRET, runner, runner.status) as address:
         events = ask(address, "wait")
         await anext(events)
-        assert await ask_status(address, SECRET) == WorkerStatus(busy_slots=1, waiting=0, cached_tokens=5)
+        assert await ask_status(address, SECRET) == WorkerStatus(
+            busy_slots=1,
+            waiting=0,
+            cached_tokens=5,
+            sampled_tokens=6,
+            forced_tokens=7,
+            drafted_tokens=8,
+            accepted_draft_tokens=9,
+        )
         await events.aclose()
