@@ -257,6 +257,13 @@ def test_what_is_worth_drafting_depends_on_its_cost() -> None:
     assert cheap.most_tokens() > dear.most_tokens() > hopeless.most_tokens() == 0
 
 
+def test_nothing_is_concluded_while_costs_are_unknown() -> None:
+    length = DraftLength(16)
+    for _ in range(20):
+        length.record(4, 0, saving_per_accepted=0.0, cost_per_drafted=0.0)
+    assert length.most_tokens() == 4
+
+
 def test_after_a_pause_one_short_draft_is_tried() -> None:
     length = switched_off()
     pause = [length.most_tokens() for _ in range(64)]
