@@ -47,6 +47,14 @@ class ConstraintEngines:
         self._backends: dict[str, Backend] = {}
         self._choices: dict[bytes, str] = {}
 
+    def prepare(self) -> None:
+        """Make the default engine's tables of the vocabulary now, so that no request waits for them.
+
+        They are a tree in llguidance's memory, which cannot be kept on disk. Making it takes 2 µs for each
+        token, and stops the event loop for as long.
+        """
+        self._cache(DEFAULT)
+
     def compile(self, spec: AnswerSpec, engine: str = AUTO) -> Compiled:
         """The grammar of a spec, from a cache where it can be. Blocks: not for an event loop.
 

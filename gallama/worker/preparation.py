@@ -82,6 +82,7 @@ class ChatPreparer:
         self._guarded = frozenset({*vocabulary.control_tokens, *marks})
         """What a client's text must not become."""
         self._constraint_engines = ConstraintEngines(vocabulary)
+        self._constraint_engines.prepare()
         self._compiling = ThreadPoolExecutor(COMPILING_THREADS, thread_name_prefix="grammars")
         self._compiling_slowly = ThreadPoolExecutor(COMPILING_THREADS, thread_name_prefix="slow-grammars")
 

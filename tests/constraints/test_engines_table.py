@@ -29,6 +29,16 @@ def spec(kind: Any, source: Any, policy: UnsupportedPolicy | None = None) -> Ans
     return AnswerSpec(body=admit_constraint(Constraint(kind=kind, source=source), policy))
 
 
+def test_the_default_engine_is_made_before_the_first_request_if_asked_to(
+    byte_vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = ConstraintEngines(byte_vocabulary)
+    engines.prepare()
+    # From here on none can be made.
+    monkeypatch.setattr("gallama.constraints.engines._BACKENDS", dict.fromkeys(ENGINE_NAMES[1:]))
+    assert engines.compile(spec("choice", ["a"])).backend == "llguidance"
+
+
 @pytest.mark.parametrize("name", ENGINE_NAMES[1:])
 def test_the_engine_that_is_named_is_asked(engines: ConstraintEngines, name: str) -> None:
     assert engines.compile(spec("choice", ["a"]), name).backend == name
