@@ -1,10 +1,10 @@
 """How long a worker takes to start: python benchmarks/start_up.py [--json FILE] [--rounds N]
 
-Starts worker processes as the gateway does, with SmolLM2, in turns without and with the cache of vocabularies
-on disk, and asks each for an answer in free text, then for one in JSON. Counted from the launch of the process
-are the times to its `Ready` and to its first text; that of the first JSON counts from its own request. All are
-medians; the ratio is with the cache / without. Ends with an error when a worker with the cache takes more than
-MOST_SECONDS to be ready.
+Starts worker processes as the gateway does, with SmolLM2, in turns without and with the cache of
+vocabularies on disk, and asks each for an answer in free text, then for one in JSON. Counted from the launch
+of the process are the times to its `Ready` and to its first text; that of the first JSON counts from its own
+request. All are medians; the ratio is with the cache / without. Ends with an error when a worker with the
+cache takes more than MOST_SECONDS to be ready.
 """
 
 from __future__ import annotations
