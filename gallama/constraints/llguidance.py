@@ -284,43 +284,44 @@ class LLGuidanceState:
     """One sequence's place in an llguidance grammar; see `generation.State`."""
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
 
     @property
     def status(self) -> StateStatus:
-        if self._matcher.is_error():
+        if self.matcher.is_error():
             return "failed"
-        if self._matcher.is_stopped():
+        if self.matcher.is_stopped():
             return "must_end"
-        return "may_end" if self._matcher.is_accepting() else "running"
+        return "may_end" if self.matcher.is_accepting() else "running"
 
     def mask(self, out: NDArray[np.int32]) -> bool:
-        self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
-        self._refuse_error()
+        self.matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+        self.refuse_error()
         return True
 
     def accepts(self, token_ids: Sequence[int]) -> int:
-        return self._matcher.validate_tokens(list(token_ids))
+        return self.matcher.validate_tokens(list(token_ids))
 
     def advance(self, token_ids: Sequence[int]) -> int:
-        taken = self._matcher.try_consume_tokens(list(token_ids))
-        self._refuse_error()
+        taken = self.matcher.try_consume_tokens(list(token_ids))
+        self.refuse_error()
         return taken
 
     def forced(self) -> list[int]:
-        return self._matcher.compute_ff_tokens()
+        return self.matcher.compute_ff_tokens()
 
     def rollback(self, count: int) -> None:
-        undone = self._matcher.rollback(count)
-        assert undone, f"the matcher could not undo {count} tokens: {self._matcher.get_error()}"
+        undone = self.matcher.rollback(count)
+        assert undone, f"the matcher could not undo {count} tokens: {self.matcher.get_error()}"
 
     def clone(self) -> LLGuidanceState:
-        return LLGuidanceState(self._matcher.deep_copy())
+        return LLGuidanceState(self.matcher.deep_copy())
 
-    def _refuse_error(self) -> None:
-        if not self._matcher.is_error():
+    def refuse_error(self) -> None:
+        """Raise what went wrong in a mask or an advance, if anything did."""
+        if not self.matcher.is_error():
             return
-        words = _one_line(self._matcher.get_error().partition("\n<non-verbose/>")[0])
+        words = _one_line(self.matcher.get_error().partition("\n<non-verbose/>")[0])
         if _BEYOND_LIMITS.search(words):
             raise ConstraintTooComplex(
                 f"The grammar became too complex in the middle of the answer: {words}."

@@ -6,14 +6,17 @@ import asyncio
 import codecs
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from gallama.config import ModelSpec
 from gallama.engines.llama_cpp import bindings
 from gallama.engines.llama_cpp.context import SequenceCache
+from gallama.engines.llama_cpp.draft_model import load_drafter
 from gallama.engines.llama_cpp.options import (
-    IDLE_SEQUENCES,
+    LlamaCppOptions,
     choose_context_length,
+    choose_cores,
     context_options,
     model_options,
     read_options,
@@ -27,6 +30,7 @@ from gallama.engines.llama_cpp.scheduler import (
     TokensAdded,
     Update,
 )
+from gallama.engines.llama_cpp.speculation import Wish
 from gallama.errors import GallamaError, WorkerUnavailable
 from gallama.generation import EngineStatus, GeneratedChunk, GenerationRequest
 
@@ -40,48 +44,80 @@ def load(spec: ModelSpec, path: Path) -> LlamaCppEngine:
     """
     options = read_options(spec)
     bindings.initialize()
-    model = bindings.NativeModel(path, model_options(spec, options))
-    context_length = choose_context_length(spec, model.trained_context_length)
-    context = bindings.NativeContext(model, context_options(spec, options, context_length))
-    return LlamaCppEngine(
-        model, context, spec=spec, context_length=context_length, batch_tokens=options.n_batch
-    )
+    opened = ExitStack()
+    with opened:
+        model = bindings.NativeModel(path, model_options(spec, options))
+        opened.callback(model.close)
+        engine = LlamaCppEngine(model, spec, options, opened)
+        engine.closing = opened.pop_all()
+    return engine
 
 
 class LlamaCppEngine:
     """A GGUF model with its scheduler; see `generation.Engine`."""
 
     def __init__(
-        self,
-        model: bindings.NativeModel,
-        context: bindings.NativeContext,
-        *,
-        spec: ModelSpec,
-        context_length: int,
-        batch_tokens: int,
+        self, model: bindings.NativeModel, spec: ModelSpec, options: LlamaCppOptions, opened: ExitStack
     ) -> None:
+        """
+        Args:
+            opened: takes what is to be closed at the end.
+        """
+        self.closing = opened
         self._model = model
-        self._context = context
-        self.context_length = context_length
+        self.context_length = choose_context_length(spec, model.trained_context_length)
         self.chat_template = model.chat_template
         self.vocabulary = model.read_vocabulary(spec.eos_token_list or ())
         self._names = {token_id: name for name, token_id in self.vocabulary.control_tokens.items()}
-        slots = spec.max_concurrent_requests
-        cache = SequenceCache(
-            context, sequences=slots + IDLE_SEQUENCES, can_forget_partly=model.can_forget_partly
+        must_share_cells = model.has_window or not model.can_forget_partly
+        for_context = context_options(spec, options, self.context_length, must_share_cells=must_share_cells)
+        self._context = bindings.NativeContext(model, for_context)
+        opened.callback(self._context.close)
+        self._drafter = load_drafter(
+            spec,
+            target=model,
+            vocabulary=self.vocabulary,
+            target_options=model_options(spec, options),
+            context_options=for_context,
+            context_length=self.context_length,
         )
-        options = SchedulerOptions(
-            slots=slots,
-            batch_tokens=batch_tokens,
-            vocabulary_size=model.vocabulary_size,
-            context_length=context_length,
-            end_token_ids=self.vocabulary.end_token_ids,
-        )
+        if self._drafter is not None:
+            opened.callback(self._drafter.close)
         self._queues: dict[Job, asyncio.Queue[Update]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closing = False
-        self._scheduler = Scheduler(cache, options, self._hand_over)
+        self._scheduler = self._new_scheduler(spec, options, for_context)
         self._scheduler.start(self._warm_up)
+
+    def _new_scheduler(
+        self, spec: ModelSpec, options: LlamaCppOptions, for_context: bindings.ContextOptions
+    ) -> Scheduler:
+        shelf_tokens = for_context.cells if options.shelf_tokens is None else options.shelf_tokens
+        cache = SequenceCache(
+            self._context,
+            sequences=for_context.sequences,
+            can_forget_partly=self._model.can_forget_partly,
+            has_window=self._model.has_window,
+            shelf_tokens=shelf_tokens,
+        )
+        scheduler_options = SchedulerOptions(
+            slots=spec.max_concurrent_requests,
+            batch_tokens=options.n_batch,
+            vocabulary_size=self._model.vocabulary_size,
+            context_length=self.context_length,
+            end_token_ids=self.vocabulary.end_token_ids,
+            jump_forward=options.jump_forward,
+            step_seconds=options.prompt_step_ms / 1000,
+            draft_tokens=spec.most_draft_tokens,
+        )
+        return Scheduler(
+            cache,
+            scheduler_options,
+            self._hand_over,
+            drafter=self._drafter,
+            cores=choose_cores(options),
+            set_threads=self._set_threads,
+        )
 
     def tokenize(self, text: str) -> list[int]:
         return self._model.tokenize(text.encode(), parse_control_tokens=True)
@@ -119,8 +155,7 @@ class LlamaCppEngine:
     async def close(self) -> None:
         self._is_closing = True
         await asyncio.to_thread(self._scheduler.close)
-        self._context.close()
-        self._model.close()
+        self.closing.close()
 
     def _visible_names(self, request: GenerationRequest) -> dict[int, str]:
         return {token: self._names[token] for token in request.visible_control_tokens}
@@ -136,11 +171,19 @@ class LlamaCppEngine:
             if job in self._queues:  # else its reader has left
                 self._queues[job].put_nowait(update)
 
+    def _set_threads(self, threads: int) -> None:
+        self._context.set_threads(threads, threads)
+        if self._drafter is not None:
+            self._drafter.set_threads(threads)
+
     def _warm_up(self) -> None:
         """Touch all weights once, so that the first request does not wait for the disk."""
         start = self.vocabulary.start_token_id
         token = self.vocabulary.end_token_id if start is None else start
         self._context.warm_up(token)
+        if self._drafter is not None:
+            self._drafter.draft([Wish("warm-up", [token], 1)])
+            self._drafter.forget("warm-up")
 
 
 class _TextAssembler:

@@ -37,7 +37,7 @@ _NO_TEXT = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLA
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 _GGML_LOG_CONTINUED = 5
 # Said each time the cache is full, which is answered by making room; see `KvCacheFull`.
-_EXPECTED = "failed to find a memory slot"
+_EXPECTED = ("failed to find", "failed to restore kv cache", "error loading state")
 
 
 class KvCacheFull(Exception):
@@ -52,7 +52,8 @@ class DecodeFailed(Exception):
 def _forward_log(level: int, text: bytes, _: object) -> None:
     """llama.cpp's own log lines; what it says at level "info" is for its developers."""
     line = text.decode(errors="replace").strip()
-    if line and level != _GGML_LOG_CONTINUED and _EXPECTED not in line:
+    is_expected = any(words in line for words in _EXPECTED)
+    if line and level != _GGML_LOG_CONTINUED and not is_expected:
         logger.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
 
 
@@ -95,6 +96,10 @@ class ContextOptions:
     """Tokens that the KV cache holds, over all sequences."""
     sequences: int
     """Sequences that may be in the cache at once."""
+    shares_cells: bool = True
+    """One pool of cells for all sequences; else each has its own `cells / sequences` of them."""
+    outputs: int = 0
+    """Tokens of one batch whose logits may be wanted; 0: one of each sequence."""
     batch_tokens: int
     micro_batch_tokens: int
     threads: int
@@ -130,6 +135,9 @@ class NativeModel:
             lib.llama_model_is_recurrent(self._pointer) or lib.llama_model_is_hybrid(self._pointer)
         )
         """Whether the end of a sequence can be dropped: not so where a state sums up all that was read."""
+
+        self.has_window: bool = lib.llama_model_n_swa(self._pointer) > 0
+        """Whether some layers look back only so far, and a snapshot holds no more of them than that."""
 
     @property
     def pointer(self) -> Any:
@@ -291,7 +299,9 @@ class NativeContext:
             )
         self._memory = lib.llama_get_memory(self._pointer)
         self.cells: int = lib.llama_n_ctx(self._pointer)
+        self.shares_cells = options.shares_cells
         self._batch = _Batch(options.batch_tokens)
+        self._row_type = ctypes.c_float * model.vocabulary_size
 
     def decode(self, sequences: NDArray[np.int32], positions: NDArray[np.int32], tokens: NDArray[np.int32],
                wants_logits: NDArray[np.int8]) -> None:  # fmt: skip
@@ -314,7 +324,9 @@ class NativeContext:
     def logits(self, batch_index: int) -> NDArray[np.float32]:
         """The logits of one token of the last batch, shape (vocabulary size,), until the next decode."""
         row = lib.llama_get_logits_ith(self._pointer, batch_index)
-        return np.ctypeslib.as_array(row, shape=(self._model.vocabulary_size,))
+        # A tenth of what np.ctypeslib.as_array takes; this is done for every token.
+        values = self._row_type.from_address(ctypes.addressof(row.contents))
+        return np.frombuffer(memoryview(values).cast("B"), np.float32)
 
     def forget(self, sequence: int, from_position: int) -> None:
         """Drop a sequence's tokens from a position on."""
@@ -324,6 +336,25 @@ class NativeContext:
     def copy(self, source: int, target: int, length: int) -> None:
         """Let `target`, which is empty, share the first `length` tokens of `source`."""
         lib.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def save(self, sequence: int) -> NDArray[np.uint8]:
+        """What the cache holds of a sequence, shape (bytes,), to be restored in this context."""
+        snapshot = np.empty(lib.llama_state_seq_get_size(self._pointer, sequence), dtype=np.uint8)
+        data = _pointer_to(snapshot, ctypes.c_uint8)
+        written = lib.llama_state_seq_get_data(self._pointer, data, snapshot.nbytes, sequence)
+        assert written == snapshot.nbytes, "a snapshot is as large as it was announced"
+        return snapshot
+
+    def restore(self, sequence: int, snapshot: NDArray[np.uint8]) -> None:
+        """Fill a sequence, which is empty, with what was saved of one.
+
+        Raises:
+            KvCacheFull: there is no room; the sequence is still empty.
+        """
+        data = _pointer_to(snapshot, ctypes.c_uint8)
+        if lib.llama_state_seq_set_data(self._pointer, data, snapshot.nbytes, sequence) == 0:
+            self.forget(sequence, 0)
+            raise KvCacheFull
 
     def warm_up(self, token: int) -> None:
         """Compute one token and forget it."""
@@ -342,7 +373,7 @@ def _context_params(options: ContextOptions) -> Any:
     params = lib.llama_context_default_params()
     params.n_ctx = options.cells
     params.n_seq_max = options.sequences
-    params.n_outputs_max = options.sequences  # one token of each asks for logits, at most
+    params.n_outputs_max = options.outputs or options.sequences
     params.n_batch = options.batch_tokens
     params.n_ubatch = options.micro_batch_tokens
     params.n_threads = options.threads
@@ -353,9 +384,7 @@ def _context_params(options: ContextOptions) -> Any:
     params.offload_kqv = options.offload_kv
     params.rope_freq_base = options.rope_freq_base
     params.rope_freq_scale = options.rope_freq_scale
-    # One pool of cells for all sequences: a long one may use what short ones leave, and shared
-    # prefixes are shared cells.
-    params.kv_unified = True
+    params.kv_unified = options.shares_cells
     params.no_perf = True
     return params
 

@@ -103,12 +103,19 @@ def _draft_with(
         model.close()
 
     return ModelDrafter(
-        SequenceCache(context, sequences=options.sequences, can_forget_partly=True),
+        SequenceCache(
+            context,
+            sequences=options.sequences,
+            can_forget_partly=True,
+            has_window=model.has_window,
+            shelf_tokens=options.cells,
+        ),
         vocabulary_size=len(vocabulary.tokens),
         shared_tokens=shared,
         end_token_ids=vocabulary.end_token_ids,
         batch_tokens=options.batch_tokens,
         context_length=min(context_length, model.trained_context_length),
+        set_threads=lambda threads: context.set_threads(threads, threads),
         close=close,
     )
 
@@ -159,6 +166,9 @@ def _draft_context_options(spec: ModelSpec, target: ContextOptions) -> ContextOp
         target,
         cells=spec.draft_cache_size or target.cells,
         cache_type=cache_type,
+        # Texts of any length share one pool, and of each the last token's logits are all that is asked for.
+        shares_cells=True,
+        outputs=0,
         # They stretch the target's positions; the draft model has its own.
         rope_freq_base=0.0,
         rope_freq_scale=0.0,
@@ -199,6 +209,7 @@ class ModelDrafter:
         end_token_ids: Collection[int],
         batch_tokens: int,
         context_length: int,
+        set_threads: Callable[[int], None],
         close: Callable[[], None],
     ) -> None:
         """
@@ -213,6 +224,7 @@ class ModelDrafter:
         self._end_token_ids = frozenset(end_token_ids)
         self._batch_tokens = batch_tokens
         self._context_length = context_length
+        self._set_threads = set_threads
         self._close = close
         self._followers: dict[Hashable, _Follower] = {}
         self._given_up: set[Hashable] = set()
@@ -232,6 +244,9 @@ class ModelDrafter:
         follower = self._followers.pop(key, None)
         if follower is not None:
             self._cache.release(follower.sequence)
+
+    def set_threads(self, threads: int) -> None:
+        self._set_threads(threads)
 
     def close(self) -> None:
         self._close()
@@ -265,10 +280,11 @@ class ModelDrafter:
     def _compute(self, drafts: list[_Draft]) -> list[tuple[_Draft, NDArray[np.float32]]]:
         """Compute what the drafts wait for; logits where all of it did fit. The others are finished."""
         parts = self._plan(drafts)
-        rows: list[NDArray[np.float32] | None] = []
+        rows: list[list[NDArray[np.float32]]] = []
         while parts and not rows:
             try:
-                rows = self._cache.decode([part for _, part in parts])
+                self._cache.decode([part for _, part in parts])
+                rows = self._cache.logits([part for _, part in parts])
             except KvCacheFull:
                 parts.remove(longest := max(parts, key=lambda item: len(item[0].wish.token_ids)))
                 self._give_up(longest[0])
@@ -278,7 +294,7 @@ class ModelDrafter:
                 parts = []
         for draft in drafts:
             draft.pending = []
-        return [(draft, row) for (draft, _), row in zip(parts, rows, strict=True) if row is not None]
+        return [(draft, row[0]) for (draft, _), row in zip(parts, rows, strict=True) if row]
 
     def _plan(self, drafts: list[_Draft]) -> list[tuple[_Draft, BatchPart]]:
         """Who gets how much of a batch: first those who need little."""
@@ -291,7 +307,7 @@ class ModelDrafter:
             budget -= len(piece)
             if piece:
                 is_all = len(piece) == len(draft.pending)
-                parts.append((draft, BatchPart(draft.sequence, piece, wants_logits=is_all)))
+                parts.append((draft, BatchPart(draft.sequence, piece, logits=int(is_all))))
         return parts
 
     def _extend(self, draft: _Draft, logits: NDArray[np.float32]) -> None:

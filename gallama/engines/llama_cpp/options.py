@@ -11,9 +11,10 @@ from gallama.config import ModelSpec
 from gallama.config.config_file import default_config_path
 from gallama.engines.llama_cpp import bindings
 from gallama.engines.llama_cpp.processor_cores import Cores, OwnCores, cores_to_share, usable_cores
+from gallama.engines.llama_cpp.scheduler import MOST_DRAFTED_TOKENS
 from gallama.errors import InvalidConfig
 
-# Sequences kept in the cache beside those of the busy slots.
+# Sequences kept in the cache beside those of the busy slots, where all share its cells.
 IDLE_SEQUENCES = 16
 _CELLS_STEP = 256
 
@@ -32,6 +33,10 @@ class LlamaCppOptions(BaseModel, extra="forbid", frozen=True):
     use_mlock: bool = False
     rope_freq_base: float = Field(0.0, ge=0.0)
     rope_freq_scale: float = Field(0.0, ge=0.0)
+    jump_forward: bool = True
+    kv_unified: bool | None = None
+    shelf_tokens: int | None = Field(None, ge=0, le=2**30)
+    prompt_step_ms: int = Field(200, ge=1, le=60_000)
 
 
 def read_options(spec: ModelSpec) -> LlamaCppOptions:
@@ -91,8 +96,15 @@ def model_options(spec: ModelSpec, options: LlamaCppOptions) -> bindings.ModelOp
 
 
 def context_options(
-    spec: ModelSpec, options: LlamaCppOptions, context_length: int
+    spec: ModelSpec, options: LlamaCppOptions, context_length: int, *, must_share_cells: bool = False
 ) -> bindings.ContextOptions:
+    """
+    Args:
+        must_share_cells: the model's cache cannot be divided among the slots.
+
+    Raises:
+        InvalidConfig: the cache cannot be had as the spec asks for it.
+    """
     threads = options.n_threads or usable_cores()
     cache_quant = spec.cache_quant or "FP16"
     if cache_quant not in bindings.CACHE_TYPES:
@@ -103,9 +115,15 @@ def context_options(
         raise InvalidConfig(
             f"`cache_quant` is {cache_quant}, which needs flash attention; leave `flash_attn` out."
         )
+    slots = spec.max_concurrent_requests
+    cells = _round_up(max(spec.cache_size or 0, context_length))
+    shares_cells = _shares_cells(options, cells, slots, context_length, must_share=must_share_cells)
+    sequences = slots + IDLE_SEQUENCES if shares_cells else slots
     return bindings.ContextOptions(
-        cells=_round_up(max(spec.cache_size or 0, context_length)),
-        sequences=spec.max_concurrent_requests + IDLE_SEQUENCES,
+        cells=cells if shares_cells else slots * _round_up(context_length),
+        sequences=sequences,
+        shares_cells=shares_cells,
+        outputs=sequences + (MOST_DRAFTED_TOKENS if spec.speculation != "off" else 0),
         batch_tokens=options.n_batch,
         micro_batch_tokens=min(options.n_ubatch, options.n_batch),
         threads=threads,
@@ -118,13 +136,32 @@ def context_options(
     )
 
 
+def _shares_cells(
+    options: LlamaCppOptions, cells: int, slots: int, context_length: int, *, must_share: bool
+) -> bool:
+    """Whether the slots share the cache's cells; where it has enough for all, each has its own.
+
+    A step is shorter so: no token is compared with the cells of others. docs/decisions/0013 has the figures.
+    """
+    has_enough = cells >= slots * _round_up(context_length)
+    if options.kv_unified is not None and not options.kv_unified and (must_share or not has_enough):
+        reason = (
+            "this model's cache cannot be divided"
+            if must_share
+            else f"a part for each of {slots} requests (`max_concurrent_requests`) of {context_length} tokens"
+            f" (`max_seq_len`) needs a `cache_size` of {slots * _round_up(context_length)}"
+        )
+        raise InvalidConfig(f"`backend_extra_args.kv_unified` is false, but {reason}.")
+    return must_share or options.kv_unified or (options.kv_unified is None and not has_enough)
+
+
 def choose_cores(options: LlamaCppOptions) -> Cores:
     """The cores to compute on: as many as the spec says, else what there is, shared with other workers.
 
     A model that is on a GPU as a whole leaves little to compute on cores, so it takes no part in sharing.
     """
-    if options.n_threads is not None:
-        return OwnCores(options.n_threads)
+    if options.n_threads is not None or options.n_threads_batch is not None:
+        return OwnCores(options.n_threads or usable_cores())
     if bindings.supports_gpus() and options.n_gpu_layers < 0:
         return OwnCores(usable_cores())
     return cores_to_share()

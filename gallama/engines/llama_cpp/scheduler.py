@@ -2,7 +2,8 @@
 
 A slot's tokens are those of its prompt and answer so far; what of them is not yet in the KV cache is
 pending. Reading a prompt, appending a sampled token, appending a run that the grammar forced and coming
-back after the cache was full are all the same thing: pending tokens go into the next batch.
+back after the cache was full are all the same thing: pending tokens go into the next batch. A draft goes
+behind them: as long as what is chosen is what was guessed, the next token can be chosen at once.
 """
 
 from __future__ import annotations
@@ -10,25 +11,36 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gallama.constraints.mask_batch import MaskBatch
 from gallama.engines.llama_cpp.bindings import Candidates, DecodeFailed, KvCacheFull
 from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
+from gallama.engines.llama_cpp.processor_cores import Cores
 from gallama.engines.llama_cpp.sampling import Sampler, log_probabilities
+from gallama.engines.llama_cpp.speculation import Drafter, DraftLength, Wish
+from gallama.engines.llama_cpp.step_cost import StepCost
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
 from gallama.generation import EndReason, EngineStatus, GenerationRequest, State, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
-# While others write, a prompt is read in pieces of this many tokens, so that none of them stands still.
-PROMPT_TOKENS_BESIDE_WRITERS = 128
+# A run of forced tokens that is longer than this is read as a prompt is: nobody waits for its next token yet.
+LONG_RUN_TOKENS = 128
+
+# While others write, a prompt is read in pieces of at least this many tokens, however slow the machine is.
+LEAST_PROMPT_TOKENS = 16
+
+# Tokens that are guessed in one step, by all slots together: each needs a row of logits.
+MOST_DRAFTED_TOKENS = 64
 
 # A prompt waits for one that is being read if it can then take over this many tokens more than now.
 WORTH_WAITING_TOKENS = 32
@@ -79,6 +91,10 @@ class _Slot:
     sampler: Sampler
     token_ids: list[int]
     prompt_length: int
+    draft_length: DraftLength | None
+    """None: nothing is guessed for it."""
+    has_chosen: bool = False
+    """Whether a token of its answer was sampled."""
     has_ended: bool = False
 
     @property
@@ -88,13 +104,42 @@ class _Slot:
     @property
     def is_reading(self) -> bool:
         """Whether it still reads its prompt, so that nobody waits for its next token yet."""
-        has_answer = len(self.token_ids) > self.prompt_length
-        return not has_answer or self.pending_count > PROMPT_TOKENS_BESIDE_WRITERS
+        return not self.has_chosen or self.pending_count > LONG_RUN_TOKENS
 
     @property
     def room(self) -> int:
         """Tokens that the answer may still grow by."""
         return self.job.request.max_tokens - (len(self.token_ids) - self.prompt_length)
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadPrompt:
+    """A prompt that has just been read, while others with the same one wait: they start where it ends."""
+
+    token_ids: list[int]
+    """With what the grammar forced behind it."""
+    sequence: CachedSequence
+    logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a slot gets of a batch: pending tokens, and a draft behind them if they are all in it."""
+
+    slot: _Slot
+    token_ids: list[int]
+    is_last: bool
+    draft: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start, over all requests."""
+
+    sampled_tokens: int = 0
+    forced_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +149,36 @@ class SchedulerOptions:
     vocabulary_size: int
     context_length: int
     end_token_ids: frozenset[int]
+    jump_forward: bool = True
+    """Whether tokens that the grammar forces go into the batch together; else each costs a step."""
+    step_seconds: float = 0.2
+    """How long a step may take because of a prompt while others write."""
+    draft_tokens: int = 0
+    """The most that is guessed for a slot in one step."""
 
 
 class Scheduler:
     """Runs jobs until they end, side by side. Its public methods may be called from any thread."""
 
-    def __init__(self, cache: SequenceCache, options: SchedulerOptions, sink: Sink) -> None:
+    def __init__(
+        self,
+        cache: SequenceCache,
+        options: SchedulerOptions,
+        sink: Sink,
+        *,
+        cores: Cores,
+        set_threads: Callable[[int], None],
+        drafter: Drafter | None = None,
+    ) -> None:
+        """
+        Args:
+            set_threads: called with how many threads are to compute, whenever that changes.
+        """
         self._cache = cache
+        self._cores = cores
+        self._set_threads = set_threads
+        self._threads = cores.threads()
+        self._drafter = drafter
         self._options = options
         self._sink = sink
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -120,7 +188,10 @@ class Scheduler:
         self._room_was_freed = False
         self._updates: list[tuple[Job, Update]] = []
         self._candidates = Candidates(options.vocabulary_size)
-        self._mask = np.zeros((options.vocabulary_size + 31) // 32, dtype=np.int32)
+        self._masks = MaskBatch(options.vocabulary_size, options.slots)
+        self._cost = StepCost()
+        self._counts = Counts()
+        self._read_prompt: _ReadPrompt | None = None
         self._is_closing = False
         self._thread: threading.Thread | None = None
 
@@ -152,6 +223,7 @@ class Scheduler:
             busy_slots=len(self._slots) + len(self._preempted),
             waiting=len(self._waiting) + self._inbox.qsize(),
             cached_tokens=self._cache.cached_tokens,
+            **asdict(self._counts),
         )
 
     def close(self) -> None:
@@ -193,6 +265,8 @@ class Scheduler:
         """Take new jobs; with nothing to do, sleep until one comes."""
         has_work = self._slots or self._waiting or self._preempted
         may_sleep = not has_work and not self._is_closing
+        if may_sleep:
+            self._cores.end_work()
         while may_sleep or not self._inbox.empty():
             job = self._inbox.get()
             may_sleep = False
@@ -220,44 +294,69 @@ class Scheduler:
         self._waiting.extendleft(reversed(held_back))
 
     def _gains_by_waiting(self, job: Job) -> bool:
-        if _must_repeat(job.request):
-            return False
         prompt = list(job.request.prompt_token_ids)
-        soon = max(
-            (common_prefix(slot.token_ids, prompt) for slot in self._slots if slot.is_reading), default=0
-        )
+        readers = [slot for slot in self._slots if slot.is_reading]
+        if _must_repeat(job.request):
+            return any(_repeats_as(slot.job.request, job.request) for slot in readers)
+        soon = max((common_prefix(slot.token_ids, prompt) for slot in readers), default=0)
         return soon >= self._cache.shared_tokens(prompt) + WORTH_WAITING_TOKENS
 
     def _start_job(self, job: Job) -> None:
-        prompt = list(job.request.prompt_token_ids)
+        request = job.request
+        prompt = list(request.prompt_token_ids)
+        token_ids = prompt + self._forced(request, request.max_tokens)
         sampler = Sampler(  # first, as it may refuse: there is no sequence to give back yet
-            job.request.sampling,
+            request.sampling,
             vocabulary_size=self._options.vocabulary_size,
             context_length=self._options.context_length,
             prompt_token_ids=prompt,
             candidates=self._candidates,
         )
-        if _must_repeat(job.request) and not self._slots:
-            self._cache.discard_all()
-        sequence = self._cache.acquire(prompt, reuse=not _must_repeat(job.request))
+        read_prompt = self._prompt_read_before(token_ids)
+        if read_prompt is not None:
+            sequence = self._cache.fork(read_prompt.sequence, len(token_ids))
+        else:
+            sequence = self._acquire(token_ids, request)
         slot = _Slot(
             job=job,
             sequence=sequence,
             sampler=sampler,
             token_ids=prompt,
             prompt_length=len(prompt),
+            draft_length=DraftLength(self._options.draft_tokens) if self._drafter else None,
         )
         self._slots.append(slot)
-        self._tell(job, Started(cached_prompt_tokens=len(sequence.token_ids)))
-        self._guard(partial(self._append_forced, slot), partial(self._finish, slot))
+        self._tell(job, Started(cached_prompt_tokens=min(len(sequence.token_ids), len(prompt))))
+        fail = partial(self._finish, slot)
+        self._guard(partial(self._append_forced, slot), fail)
+        if read_prompt is not None and not slot.has_ended:
+            self._masks.compute([request.state])
+            self._guard(partial(self._choose, slot, read_prompt.logits, 0), fail)
+
+    def _acquire(self, token_ids: list[int], request: GenerationRequest) -> CachedSequence:
+        if not _must_repeat(request):
+            return self._cache.acquire(token_ids)
+        if not self._slots:
+            self._cache.shelve_all()
+        return self._cache.acquire(token_ids, reuse=False)
+
+    def _prompt_read_before(self, token_ids: list[int]) -> _ReadPrompt | None:
+        """The same prompt, if it was read while this job waited, and is still in the cache."""
+        found = self._read_prompt
+        if found is None or found.token_ids != token_ids:
+            return None
+        return found if found.sequence.token_ids[: len(token_ids)] == token_ids else None
 
     def _step(self) -> None:
-        """Compute one batch and choose a token for each slot whose pending tokens are all in it."""
+        """Compute one batch and choose tokens for each slot whose pending tokens are all in it."""
+        self._take_cores()
         parts = self._plan()
         if not parts:
             return
+        batch = [_to_batch_part(part) for part in parts]
+        start = time.perf_counter()
         try:
-            logits = self._cache.decode([part for _, part in parts])
+            self._cache.decode(batch)
         except KvCacheFull:
             self._preempt_youngest()
             return
@@ -265,11 +364,23 @@ class Scheduler:
             logger.exception("a batch failed; %d answers are lost", len(self._slots))
             self._start_over(GallamaError("The model could not be computed any further."))
             return
-        for (slot, _), row in zip(parts, logits, strict=True):
-            if row is not None:
-                self._guard(partial(self._choose, slot, row), partial(self._finish, slot))
+        whole = [part for part in parts if part.is_last]
+        self._masks.compute([part.slot.job.request.state for part in whole])
+        rows = [part_rows for part_rows in self._cache.logits(batch) if part_rows]
+        self._cost.record(sum(len(part.token_ids) for part in batch), time.perf_counter() - start)
+        for index, part in enumerate(whole):
+            fail = partial(self._finish, part.slot)
+            self._guard(partial(self._write, part, rows[index], index), fail)
 
-    def _plan(self) -> list[tuple[_Slot, BatchPart]]:
+    def _take_cores(self) -> None:
+        """Compute on as many cores as the workers beside this one leave it."""
+        self._cores.begin_work()
+        threads = self._cores.threads()
+        if threads != self._threads:
+            self._threads = threads
+            self._set_threads(threads)
+
+    def _plan(self) -> list[_Part]:
         """Who gets how much of the next batch: writers all they need, then readers, in order."""
         budget = self._options.batch_tokens
         # Those who need one token come first: a long forced run may take a few steps.
@@ -279,19 +390,83 @@ class Scheduler:
         readers = [slot for slot in self._slots if slot.is_reading]
         parts = []
         for slot in writers:
-            parts.append((slot, _next_part(slot, budget)))
-            budget -= len(parts[-1][1].token_ids)
+            parts.append(_next_part(slot, budget))
+            budget -= len(parts[-1].token_ids)
+        if self._drafter is not None:
+            parts = self._with_drafts(parts, budget)
+            budget -= sum(len(part.draft) for part in parts)
         if writers:
-            budget = min(budget, PROMPT_TOKENS_BESIDE_WRITERS)
+            in_time = self._cost.tokens_within(self._options.step_seconds)
+            budget = min(budget, max(in_time, LEAST_PROMPT_TOKENS))
         for slot in readers:
-            parts.append((slot, _next_part(slot, budget)))
-            budget -= len(parts[-1][1].token_ids)
-        return [(slot, part) for slot, part in parts if part.token_ids]
+            parts.append(_next_part(slot, budget))
+            budget -= len(parts[-1].token_ids)
+        return [part for part in parts if part.token_ids]
 
-    def _choose(self, slot: _Slot, logits: NDArray[np.float32]) -> None:
+    def _with_drafts(self, parts: list[_Part], budget: int) -> list[_Part]:
+        """The parts, each with a guess at what comes behind it where that may pay."""
+        assert self._drafter is not None
+        wishes, wishing, room = [], [], min(budget, MOST_DRAFTED_TOKENS)
+        for part in parts:
+            slot = part.slot
+            if slot.draft_length is None or not part.is_last:
+                continue
+            # One more is chosen behind a draft that is right as a whole.
+            most_tokens = min(slot.draft_length.most_tokens(), slot.room - 1, room)
+            if most_tokens > 0:
+                wishing.append(part)
+                wishes.append(Wish(slot, slot.token_ids, most_tokens, slot.job.request.state))
+                room -= most_tokens
+        drafts = self._drafter.draft(wishes) if wishes else []
+        guessed = {id(part): draft for part, draft in zip(wishing, drafts, strict=True)}
+        return [replace(part, draft=guessed.get(id(part), ())) for part in parts]
+
+    def _write(self, part: _Part, rows: list[NDArray[np.float32]], mask_row: int) -> None:
+        """Choose the slot's next token, and one more for each that was guessed before it."""
+        slot, computed = part.slot, part.slot.sequence.token_ids
+        start = len(slot.token_ids)
+        self._remember_prompt(slot, rows[0])
+        written = start
+        try:
+            while not slot.has_ended and computed[start:written] == slot.token_ids[start:]:
+                self._choose(slot, rows[written - start], mask_row)
+                written = len(slot.token_ids)
+                if written - start >= len(rows):
+                    break
+        finally:
+            if part.draft:
+                self._settle_draft(part, start)
+
+    def _settle_draft(self, part: _Part, start: int) -> None:
+        """Take back what was guessed wrong."""
+        slot = part.slot
+        accepted = common_prefix(list(part.draft), slot.token_ids[start:])
+        if not slot.has_ended:
+            self._cache.shorten(slot.sequence, start + accepted)
+        self._counts.drafted_tokens += len(part.draft)
+        self._counts.accepted_draft_tokens += accepted
+        assert slot.draft_length is not None
+        cost = self._cost
+        saving = cost.seconds_per_step / len(self._slots or (slot,)) + cost.seconds_per_token
+        slot.draft_length.record(len(part.draft), accepted, saving, cost.seconds_per_token)
+
+    def _remember_prompt(self, slot: _Slot, logits: NDArray[np.float32]) -> None:
+        """Keep what comes behind a prompt, for those who wait with the same one."""
+        if slot.has_chosen:
+            return
+        self._read_prompt = None
+        if any(_repeats_as(slot.job.request, job.request) for job in self._waiting):
+            self._read_prompt = _ReadPrompt(slot.token_ids.copy(), slot.sequence, logits.copy())
+
+    def _choose(self, slot: _Slot, logits: NDArray[np.float32], mask_row: int) -> None:
+        """Add one token to the answer, and what the grammar forces behind it.
+
+        Args:
+            mask_row: the slot's row in this step's masks.
+        """
         state = slot.job.request.state
-        mask = self._mask if state is not None and state.mask(self._mask) else None
-        token = slot.sampler.sample(logits, mask)
+        slot.has_chosen = True
+        token = slot.sampler.sample(logits, self._masks.mask(mask_row, state))
         if token in self._options.end_token_ids:
             self._finish(slot, Ended("stop"))
             return
@@ -299,20 +474,25 @@ class Scheduler:
             _advance(state, [token])
         wanted = slot.job.request.logprobs
         logprobs = () if wanted is None else (log_probabilities(logits, token, wanted),)
+        self._counts.sampled_tokens += 1
         self._extend(slot, TokensAdded((token,), were_forced=False, logprobs=logprobs))
         if not slot.has_ended:
             self._append_forced(slot)
 
     def _append_forced(self, slot: _Slot) -> None:
         """Take what the grammar leaves no choice about: it needs no sampling, only a place in the batch."""
-        state = slot.job.request.state
-        if state is None or slot.job.request.logprobs is not None:
-            return
-        forced = state.forced()[: slot.room]
+        forced = self._forced(slot.job.request, slot.room)
         if not forced:
             return
-        _advance(state, forced)
+        assert slot.job.request.state is not None
+        _advance(slot.job.request.state, forced)
+        self._counts.forced_tokens += len(forced)
         self._extend(slot, TokensAdded(tuple(forced), were_forced=True))
+
+    def _forced(self, request: GenerationRequest, most_tokens: int) -> list[int]:
+        if request.state is None or request.logprobs is not None or not self._options.jump_forward:
+            return []
+        return request.state.forced()[:most_tokens]
 
     def _extend(self, slot: _Slot, added: TokensAdded) -> None:
         """Add tokens to the answer, and end it where the grammar or a limit does."""
@@ -332,6 +512,8 @@ class Scheduler:
     def _free(self, slot: _Slot) -> None:
         slot.has_ended = True
         slot.sampler.close()
+        if self._drafter is not None:
+            self._drafter.forget(slot)
         if slot in self._preempted:
             self._preempted.remove(slot)
             return
@@ -394,14 +576,25 @@ def _must_repeat(request: GenerationRequest) -> bool:
     return request.sampling.seed is not None and request.sampling.temperature != 0
 
 
+def _repeats_as(one: GenerationRequest, other: GenerationRequest) -> bool:
+    """Whether both have the same prompt, and both or neither must repeat."""
+    return _must_repeat(one) == _must_repeat(other) and list(one.prompt_token_ids) == list(
+        other.prompt_token_ids
+    )
+
+
 def _advance(state: State, token_ids: list[int]) -> None:
     """Let a grammar take tokens that it has allowed; it refuses them only when it runs out of its limits."""
     if state.advance(token_ids) != len(token_ids):
         raise ConstraintFailed("The constraint engine gave up in the middle of the answer.")
 
 
-def _next_part(slot: _Slot, budget: int) -> BatchPart:
+def _next_part(slot: _Slot, budget: int) -> _Part:
     start = len(slot.sequence.token_ids)
     token_ids = slot.token_ids[start : start + budget]
-    is_last = start + len(token_ids) == len(slot.token_ids)
-    return BatchPart(slot.sequence, token_ids, wants_logits=is_last)
+    return _Part(slot, token_ids, is_last=start + len(token_ids) == len(slot.token_ids))
+
+
+def _to_batch_part(part: _Part) -> BatchPart:
+    rows = 1 + len(part.draft) if part.is_last else 0
+    return BatchPart(part.slot.sequence, [*part.token_ids, *part.draft], logits=rows)

@@ -56,6 +56,10 @@ class Drafter(Protocol):
         """The slot has ended; one that never wished is fine."""
         ...
 
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads from here on."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -101,6 +105,9 @@ class NgramDrafter:
 
     def forget(self, key: Hashable) -> None:
         self._indexes.pop(key, None)
+
+    def set_threads(self, threads: int) -> None:
+        pass
 
     def close(self) -> None:
         self._indexes.clear()

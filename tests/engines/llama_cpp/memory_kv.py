@@ -18,15 +18,19 @@ class MemoryKv:
         cells: int,
         *,
         can_forget_partly: bool = True,
+        shares_cells: bool = True,
         model: Callable[[Sequence[int]], NDArray[np.float32]] = lambda tokens: np.array(tokens, np.float32),
     ) -> None:
         """
         Args:
+            cells: of all sequences together, or of each where they do not share them.
             model: the logits after some tokens; if not given the tokens themselves, to see what it saw.
         """
         self.cells = cells
+        self.shares_cells = shares_cells
         self.batches: list[list[int]] = []
         """The sequence of each token, by batch."""
+        self.restored_tokens = 0
         self.is_broken = False
         self._can_forget_partly = can_forget_partly
         self._model = model
@@ -44,8 +48,7 @@ class MemoryKv:
     ) -> None:
         if self.is_broken:
             raise DecodeFailed
-        if self.used_cells + len(tokens) > self.cells:
-            raise KvCacheFull
+        self._refuse_overflow(sequences.tolist())
         self.batches.append(sequences.tolist())
         self._rows = []
         for sequence, position, token, wanted in zip(sequences, positions, tokens, wants_logits, strict=True):
@@ -68,12 +71,36 @@ class MemoryKv:
 
     def copy(self, source: int, target: int, length: int) -> None:
         assert self._can_forget_partly
+        assert self.shares_cells
         assert not self._texts.get(target), "only an empty sequence is copied to"
         assert length <= len(self._texts[source])
         self._texts[target] = self._texts[source][:length]
 
+    def save(self, sequence: int) -> NDArray[np.uint8]:
+        return np.array(self.tokens(sequence), dtype=np.int32).view(np.uint8)
+
+    def restore(self, sequence: int, snapshot: NDArray[np.uint8]) -> None:
+        assert not self._texts.get(sequence), "only an empty sequence is restored to"
+        tokens = snapshot.view(np.int32).tolist()
+        self._refuse_overflow([sequence] * len(tokens))
+        self._texts[sequence] = [(self._next_cell + place, token) for place, token in enumerate(tokens)]
+        self._next_cell += len(tokens)
+        self.restored_tokens += len(tokens)
+
     def clear(self) -> None:
         self._texts.clear()
+
+    def _refuse_overflow(self, sequences: Sequence[int]) -> None:
+        """Refuse to add a token to each of these sequences where there are not enough cells."""
+        if self.shares_cells:
+            is_full = self.used_cells + len(sequences) > self.cells
+        else:
+            is_full = any(
+                len(self._texts.get(sequence, [])) + sequences.count(sequence) > self.cells
+                for sequence in set(sequences)
+            )
+        if is_full:
+            raise KvCacheFull
 
     def tokens(self, sequence: int) -> list[int]:
         return [token for _, token in self._texts.get(sequence, [])]

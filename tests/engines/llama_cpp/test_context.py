@@ -5,7 +5,13 @@ import random
 import pytest
 
 from gallama.engines.llama_cpp.bindings import KvCacheFull
-from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
+from gallama.engines.llama_cpp.context import (
+    IDLE_TOKENS_BESIDE_WORK,
+    BatchPart,
+    CachedSequence,
+    SequenceCache,
+    common_prefix,
+)
 from tests.engines.llama_cpp.memory_kv import MemoryKv
 
 PROMPT = list(range(100, 120))
@@ -13,9 +19,24 @@ OTHER = list(range(200, 220))
 THIRD = list(range(300, 320))
 
 
-def make(*, cells: int = 1000, sequences: int = 4, partly: bool = True) -> tuple[SequenceCache, MemoryKv]:
-    kv = MemoryKv(cells, can_forget_partly=partly)
-    return SequenceCache(kv, sequences=sequences, can_forget_partly=partly), kv
+def make(
+    *,
+    cells: int = 1000,
+    sequences: int = 4,
+    partly: bool = True,
+    shares_cells: bool = True,
+    shelf_tokens: int = 0,
+    has_window: bool = False,
+) -> tuple[SequenceCache, MemoryKv]:
+    kv = MemoryKv(cells, can_forget_partly=partly, shares_cells=shares_cells)
+    cache = SequenceCache(
+        kv,
+        sequences=sequences,
+        can_forget_partly=partly,
+        has_window=has_window,
+        shelf_tokens=shelf_tokens,
+    )
+    return cache, kv
 
 
 def read(cache: SequenceCache, token_ids: list[int]) -> CachedSequence:
@@ -26,8 +47,9 @@ def read(cache: SequenceCache, token_ids: list[int]) -> CachedSequence:
 
 
 def append(cache: SequenceCache, sequence: CachedSequence, token_ids: list[int]) -> list[float]:
-    (logits,) = cache.decode([BatchPart(sequence, token_ids, wants_logits=True)])
-    assert logits is not None
+    part = BatchPart(sequence, token_ids, logits=1)
+    cache.decode([part])
+    ((logits,),) = cache.logits([part])
     return [float(value) for value in logits]
 
 
@@ -111,12 +133,11 @@ def test_the_logits_are_those_after_all_tokens_of_the_sequence() -> None:
 def test_a_batch_appends_to_many_sequences() -> None:
     cache, kv = make()
     one, other = cache.acquire(PROMPT), cache.acquire(OTHER)
-    logits = cache.decode(
-        [BatchPart(one, PROMPT[:3], wants_logits=False), BatchPart(other, OTHER, wants_logits=True)]
-    )
-    assert logits[0] is None
-    assert logits[1] is not None
-    assert logits[1].tolist() == OTHER
+    parts = [BatchPart(one, PROMPT[:3], logits=0), BatchPart(other, OTHER, logits=2)]
+    cache.decode(parts)
+    nothing, rows = cache.logits(parts)
+    assert nothing == []
+    assert [row.tolist() for row in rows] == [OTHER[:-1], OTHER]
     assert kv.tokens(one.id) == PROMPT[:3]
 
 
@@ -166,6 +187,103 @@ def test_a_model_that_cannot_forget_partly_goes_on_only_from_whole_idle_sequence
     assert cache.acquire([*PROMPT, 1]).token_ids == [], "it is busy now, and cannot be copied in part"
 
 
+def test_idle_sequences_leave_the_cache_before_they_slow_down_those_at_work() -> None:
+    long = list(range(1000, 1000 + IDLE_TOKENS_BESIDE_WORK))
+    cache, kv = make(cells=5000, shelf_tokens=5000)
+    read_and_leave(cache, long)
+    read_and_leave(cache, OTHER)
+    assert kv.used_cells == len(long) + len(OTHER), "nobody is at work, whom they could slow down"
+    read(cache, THIRD)
+    assert kv.used_cells == len(OTHER) + len(THIRD)
+    assert cache.shelved_tokens == len(long)
+    assert read(cache, [*long, 1]).token_ids == [*long, 1]
+    assert kv.computed_tokens == len(long) + len(OTHER) + len(THIRD) + 1
+
+
+def test_an_idle_sequence_that_shares_its_cells_with_one_at_work_stays() -> None:
+    long = list(range(1000, 1000 + 2 * IDLE_TOKENS_BESIDE_WORK))
+    cache, kv = make(cells=5000, shelf_tokens=5000)
+    busy = read(cache, long)
+    cache.release(cache.fork(busy, len(long)))
+    assert kv.restored_tokens == cache.shelved_tokens == 0
+    assert cache.cached_tokens == 2 * len(long)
+
+
+def test_what_makes_room_goes_on_the_shelf_and_comes_back() -> None:
+    cache, kv = make(cells=45, shelf_tokens=100)
+    for prompt in (PROMPT, OTHER, THIRD):
+        read_and_leave(cache, prompt)
+    assert cache.shelved_tokens == 20
+    sequence = read(cache, [*PROMPT, 1])
+    assert kv.tokens(sequence.id) == [*PROMPT, 1]
+    assert kv.restored_tokens == 20
+    assert kv.computed_tokens == 61
+
+
+def test_the_shelf_drops_what_was_not_used_for_longest() -> None:
+    cache, kv = make(cells=20, sequences=1, shelf_tokens=45)
+    for prompt in (PROMPT, OTHER, PROMPT, THIRD, PROMPT):
+        read_and_leave(cache, prompt)
+    assert cache.shelved_tokens <= 45
+    assert cache.shared_tokens([*THIRD, 1]) == 20
+    assert cache.shared_tokens([*OTHER, 1]) == 0
+    assert kv.tokens(0) == PROMPT
+
+
+def test_a_longer_turn_takes_its_beginnings_place_on_the_shelf() -> None:
+    cache, _ = make(cells=45, sequences=1, shelf_tokens=100)
+    for prompt in (PROMPT, OTHER, [*PROMPT, *OTHER], THIRD):
+        read_and_leave(cache, prompt)
+    assert cache.shelved_tokens == len(OTHER) + len([*PROMPT, *OTHER])
+    assert cache.shared_tokens([*PROMPT, 1]) == len(PROMPT)
+
+
+def test_a_snapshot_of_little_use_is_not_copied() -> None:
+    cache, _ = make(cells=300, sequences=1, shelf_tokens=1000)
+    read_and_leave(cache, [*PROMPT[:10], *range(1000, 1200)])
+    read_and_leave(cache, OTHER)
+    assert cache.shared_tokens(PROMPT) == 0
+
+
+def test_a_snapshot_that_does_not_fit_beside_others_is_left_out() -> None:
+    cache, kv = make(cells=45, sequences=3, shelf_tokens=100)
+    read_and_leave(cache, PROMPT)
+    one, other = read(cache, OTHER), read(cache, THIRD)
+    assert cache.acquire([*PROMPT, 1]).token_ids == []
+    assert kv.tokens(one.id) == OTHER
+    assert kv.tokens(other.id) == THIRD
+
+
+def test_a_fork_holds_all_that_its_source_has_read() -> None:
+    for shares_cells in (True, False):
+        cache, kv = make(shares_cells=shares_cells)
+        source = read(cache, [*PROMPT, 1, 2])
+        fork = cache.fork(source, len(PROMPT))
+        assert kv.tokens(fork.id) == fork.token_ids == PROMPT
+        assert kv.computed_tokens == len(PROMPT) + 2
+
+
+def test_a_prefix_goes_from_one_part_of_the_cells_to_another() -> None:
+    cache, kv = make(shares_cells=False, sequences=2)
+    busy = read(cache, PROMPT)
+    second = read(cache, [*PROMPT[:15], 1, 2])
+    assert second is not busy
+    assert kv.tokens(second.id) == [*PROMPT[:15], 1, 2]
+    assert kv.computed_tokens == len(PROMPT) + 2
+
+
+def test_a_restored_sequence_of_a_model_with_a_window_is_never_shortened() -> None:
+    cache, kv = make(cells=30, sequences=2, shelf_tokens=100, has_window=True)
+    read_and_leave(cache, PROMPT)
+    read_and_leave(cache, OTHER)
+    assert cache.shared_tokens([*PROMPT[:12], 1]) == 0, "the snapshot may hold nothing of before"
+    restored = read(cache, [*PROMPT, 1])
+    assert kv.restored_tokens == len(PROMPT)
+    assert cache.shared_tokens([*PROMPT[:12], 1]) == 0
+    assert cache.shared_tokens([*PROMPT, 1, 2]) == len(PROMPT) + 1
+    assert restored.least_tokens == len(PROMPT)
+
+
 def test_common_prefix_is_where_two_sequences_begin_to_differ() -> None:
     rng = random.Random(0)
     for _ in range(300):
@@ -179,12 +297,25 @@ def test_common_prefix_is_where_two_sequences_begin_to_differ() -> None:
         assert common_prefix(one, other) == expected, (one, other)
 
 
-@pytest.mark.parametrize("partly", [True, False])
-def test_whatever_happens_the_cache_knows_what_it_holds(partly: bool) -> None:
+@pytest.mark.parametrize("shelf_tokens", [0, 60])
+@pytest.mark.parametrize(
+    ("partly", "shares_cells", "has_window"),
+    [(True, True, False), (True, False, False), (True, True, True), (False, True, False)],
+)
+def test_whatever_happens_the_cache_knows_what_it_holds(
+    partly: bool, shares_cells: bool, has_window: bool, shelf_tokens: int
+) -> None:
     """Random requests start, grow and end in a cache that is too small for them."""
     rng = random.Random(1)
     for _ in range(40):
-        cache, kv = make(cells=rng.choice([30, 60, 200]), sequences=6, partly=partly)
+        cache, kv = make(
+            cells=rng.choice([30, 60, 200]),
+            sequences=rng.choice([3, 6]),
+            partly=partly,
+            shares_cells=shares_cells,
+            has_window=has_window,
+            shelf_tokens=shelf_tokens,
+        )
         busy: list[CachedSequence] = []
         for _ in range(60):
             _change_something(cache, kv, busy, rng)
@@ -203,7 +334,8 @@ def _change_something(
         expected = cache.shared_tokens(prompt)
         sequence = cache.acquire(prompt)
         assert sequence not in busy
-        assert sequence.token_ids == prompt[:expected]
+        # What was on the shelf may find no room.
+        assert sequence.token_ids == prompt[:expected] or (cache.shelved_tokens and not sequence.token_ids)
         assert expected < len(prompt)
         busy.append(sequence)
     elif action == "grow" and busy:
@@ -214,7 +346,7 @@ def _change_something(
             assert append(cache, sequence, token_ids) == [*before[sequence.id], *token_ids]
         except KvCacheFull:
             assert all(kv.tokens(other.id) == before[other.id] for other in busy)
-            assert kv.filled_sequences <= set(before), "nobody idle is left"
+            assert kv.filled_sequences <= set(before) or not kv.shares_cells, "nobody idle is left"
     elif busy:
         sequence = busy.pop(rng.randrange(len(busy)))
         (cache.release if action == "end" else cache.discard)(sequence)

@@ -77,6 +77,7 @@ def make(
         "end_token_ids": {END},
         "batch_tokens": 512,
         "context_length": 10_000,
+        "set_threads": lambda threads: None,
         "close": lambda: None,
     }
     return ModelDrafter(cache, **{**settings, **changes}), kv

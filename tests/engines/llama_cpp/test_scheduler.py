@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from gallama.engines.llama_cpp.context import SequenceCache
+from gallama.engines.llama_cpp.processor_cores import OwnCores
 from gallama.engines.llama_cpp.scheduler import (
-    PROMPT_TOKENS_BESIDE_WRITERS,
+    LEAST_PROMPT_TOKENS,
     WORTH_WAITING_TOKENS,
     Ended,
     Job,
@@ -24,6 +25,7 @@ from gallama.engines.llama_cpp.scheduler import (
     TokensAdded,
     Update,
 )
+from gallama.engines.llama_cpp.speculation import Drafter, NgramDrafter, Wish
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
 from gallama.generation import EndReason, GenerationRequest, SamplingSettings, State, StateStatus
 from tests.engines.llama_cpp.memory_kv import MemoryKv
@@ -111,7 +113,15 @@ class Exhausted(Runs):
 class Board:
     """A scheduler, and what it has said of each job."""
 
-    def __init__(self, *, cells: int = ENDLESS, slots: int = 4, batch_tokens: int = 64) -> None:
+    def __init__(
+        self,
+        *,
+        cells: int = ENDLESS,
+        slots: int = 4,
+        batch_tokens: int = 64,
+        drafter: Drafter | None = None,
+        **more_options: Any,
+    ) -> None:
         self.kv = MemoryKv(cells, model=logits_after)
         self.cache = SequenceCache(self.kv, sequences=slots + 3, can_forget_partly=True)
         options = SchedulerOptions(
@@ -120,9 +130,18 @@ class Board:
             vocabulary_size=SIZE,
             context_length=1000,
             end_token_ids=frozenset({END}),
+            draft_tokens=8,
+            **more_options,
         )
         self._inbox: queue.SimpleQueue[Sequence[tuple[Job, Update]]] = queue.SimpleQueue()
-        self.scheduler = Scheduler(self.cache, options, self._inbox.put)
+        self.scheduler = Scheduler(
+            self.cache,
+            options,
+            self._inbox.put,
+            cores=OwnCores(1),
+            set_threads=lambda threads: None,
+            drafter=drafter,
+        )
         self._updates: dict[Job, list[Update]] = {}
 
     def submit(self, request: GenerationRequest) -> Job:
@@ -285,24 +304,50 @@ def test_more_jobs_than_slots_wait_in_line() -> None:
 
 def test_a_prompt_that_another_job_reads_is_read_once(board: Board) -> None:
     prompt = [token % 38 for token in range(400)]
-    jobs = [board.submit(request(prompt, max_tokens=1)) for _ in range(3)]
-    for job in jobs:
-        assert board.answer(job) == expected_answer(prompt, 1)
+    jobs = [board.submit(request([*prompt, number], max_tokens=1)) for number in range(3)]
+    for number, job in enumerate(jobs):
+        assert board.answer(job) == expected_answer([*prompt, number], 1)
     nearly_nothing = 2 * WORTH_WAITING_TOKENS
     assert board.kv.computed_tokens <= len(prompt) + nearly_nothing
     assert min(board.cached_prompt_tokens(job) for job in jobs[1:]) >= len(prompt) - nearly_nothing
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingSettings(temperature=0.1, seed=7)])
+@pytest.mark.parametrize("runs", [[], [[1, 2, 3]]])
+def test_who_waits_with_the_same_prompt_starts_where_it_ends(
+    sampling: SamplingSettings, runs: list[list[int]]
+) -> None:
+    prompt = [token % 38 for token in range(100)]
+    board = Board()
+    jobs = []
+    for _ in range(3):
+        state = Runs(runs, free=0) if runs else None
+        jobs.append(board.submit(request(prompt, max_tokens=4, sampling=sampling, state=state)))
+    for _ in _running(board):
+        assert len({tuple(board.answer(job)[0]) for job in jobs}) == 1
+        assert board.kv.computed_tokens == (0 if runs else len(prompt) + 3 * 3)
+        assert [board.cached_prompt_tokens(job) for job in jobs[1:]] == ([0, 0] if runs else [100, 100])
+
+
+def test_choices_of_one_prompt_go_their_own_ways_behind_it(board: Board) -> None:
+    prompt = [token % 38 for token in range(50)]
+    lengths = [20, 3, 11, 1]
+    jobs = [board.submit(request(prompt, max_tokens=length, sampling=WITHOUT_END)) for length in lengths]
+    answers = [board.answer(job)[0] for job in jobs]
+    assert list(map(len, answers)) == lengths
+    assert all(answer == answers[0][: len(answer)] for answer in answers)
+    assert board.kv.computed_tokens == len(prompt) + sum(length - 1 for length in lengths)
+
+
 def test_a_long_prompt_is_read_in_pieces_while_others_write() -> None:
-    board = Board(batch_tokens=200)
+    board = Board(batch_tokens=200, step_seconds=0.0)
     board.submit(request([7], max_tokens=100, sampling=WITHOUT_END))
     reader = board.submit(request([3] * 1000, max_tokens=1))
     for _ in _running(board):
         board.answer(reader)
         first, *shared_batches = [batch for batch in board.kv.batches if len(set(batch)) == 2]
         assert len(first) == 200, "nobody writes yet, so the batch is filled"
-        assert len(shared_batches) >= 800 // PROMPT_TOKENS_BESIDE_WRITERS
-        assert max(map(len, shared_batches)) <= PROMPT_TOKENS_BESIDE_WRITERS + 1
+        assert max(map(len, shared_batches)) <= LEAST_PROMPT_TOKENS + 1, "no time, so the least"
 
 
 def test_everybody_writes_on_where_others_fill_the_batch_with_forced_runs() -> None:
@@ -379,10 +424,100 @@ def test_jobs_under_way_waiting_and_unseen_hear_that_the_model_goes() -> None:
         assert isinstance(board.updates(job)[-1], WorkerUnavailable)
 
 
-def test_what_repeats_by_its_seed_neither_reuses_nor_waits(board: Board) -> None:
+def test_what_repeats_by_its_seed_reuses_nothing_of_others() -> None:
     prompt = [token % 38 for token in range(100)]
     seeded = SamplingSettings(temperature=1, seed=7)
-    first = board.submit(request(prompt, sampling=seeded))
-    again = board.submit(request(prompt, sampling=seeded))
-    assert board.answer(first) == board.answer(again)
-    assert board.cached_prompt_tokens(first) == board.cached_prompt_tokens(again) == 0
+    for board in _running(Board(slots=1)):
+        jobs = [board.submit(request(prompt, sampling=sampling)) for sampling in (GREEDY, seeded, seeded)]
+        assert board.answer(jobs[1]) == board.answer(jobs[2])
+        again = board.submit(request(prompt, sampling=seeded))
+        assert board.answer(again) == board.answer(jobs[1])
+        # The third waited with the second's prompt, which was read alone, and is as good as read anew.
+        assert [board.cached_prompt_tokens(job) for job in (*jobs, again)] == [0, 0, 100, 100]
+
+
+class Oracle:
+    """Knows the model, and lies now and then."""
+
+    def __init__(self, seed: int, *, lies: float) -> None:
+        self._rng = random.Random(seed)
+        self._lies = lies
+        self.forgotten: list[Any] = []
+
+    def draft(self, wishes: Sequence[Wish]) -> list[list[int]]:
+        return [self._draft(wish) for wish in wishes]
+
+    def _draft(self, wish: Wish) -> list[int]:
+        text = wish.token_ids.copy()
+        for _ in range(self._rng.randrange(wish.most_tokens + 1)):
+            is_lie = self._rng.random() < self._lies
+            text.append(self._rng.randrange(38) if is_lie else int(logits_after(text)[:38].argmax()))
+        return text[len(wish.token_ids) :]
+
+    def forget(self, key: Any) -> None:
+        self.forgotten.append(key)
+
+    def set_threads(self, threads: int) -> None: ...
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("lies", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("cells", [70, 120, ENDLESS])
+def test_answers_do_not_depend_on_what_is_guessed(cells: int, lies: float) -> None:
+    rng = random.Random(cells)
+    for round in range(3):
+        drafter = Oracle(round, lies=lies)
+        for board in _running(Board(cells=cells, batch_tokens=16, drafter=drafter)):
+            _run_random_jobs(board, rng)
+            board.wait_until_idle()
+            assert not any(sequence.is_busy for sequence in board.cache._sequences)
+            status = board.scheduler.status()
+            assert 0 <= status.accepted_draft_tokens <= status.drafted_tokens
+            assert status.accepted_draft_tokens > 0 or lies == 1.0
+
+
+def test_what_is_guessed_right_saves_steps() -> None:
+    def steps(drafter: Drafter | None) -> int:
+        for board in _running(Board(drafter=drafter)):
+            job = board.submit(request([3, 4], max_tokens=60, sampling=WITHOUT_END))
+            assert board.answer(job)[1] == "length"
+        return len(board.kv.batches)
+
+    assert steps(None) == 60
+    assert steps(Oracle(0, lies=0.0)) < 60, "at least the first guesses, before anything is known of costs"
+    assert steps(NgramDrafter([])) <= 60
+
+
+def test_the_drafter_forgets_whoever_ends() -> None:
+    drafter = Oracle(0, lies=0.5)
+    for board in _running(Board(drafter=drafter)):
+        jobs = [board.submit(request([number], max_tokens=20)) for number in range(6)]
+        board.scheduler.cancel(board.submit(request([9], max_tokens=ENDLESS, sampling=WITHOUT_END)))
+        for job in jobs:
+            board.answer(job)
+        board.wait_until_idle()
+    assert len(set(map(id, drafter.forgotten))) >= len(jobs)
+
+
+def test_without_jumping_forward_the_answer_is_the_same_and_each_token_costs_a_step() -> None:
+    answers, steps = [], []
+    for jump_forward in (True, False):
+        for board in _running(Board(jump_forward=jump_forward)):
+            state = Choosable([[1, 2, 3], [4] * 20])
+            job = board.submit(request([1, 2], max_tokens=100, state=state))
+            answers.append(board.answer(job))
+            steps.append(len(board.kv.batches))
+    assert answers[0] == answers[1]
+    assert steps[1] > steps[0] + 15
+
+
+class Choosable(Runs):
+    """Runs whose tokens can also be chosen: the mask allows just the one."""
+
+    def mask(self, out: NDArray[np.int32]) -> bool:
+        forced = self.forced()
+        if not forced:
+            return super().mask(out)
+        out[:] = 0
+        out[forced[0] // 32] = 1 << forced[0] % 32
+        return True
