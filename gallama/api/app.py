@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 from fastapi import FastAPI
 
+from gallama import event_loop
 from gallama.api import explain, health, models, openai_chat
 from gallama.api.auth import KeyCheck, LoopbackCheck
 from gallama.api.error_answers import answer_errors
@@ -59,14 +60,15 @@ def run_gateway(
     """
     pool = WorkerPool(models_to_load, models_on_demand, strict=config.strict)
     with _bind(config.host, config.port) as listener:
-        return asyncio.run(_serve(pool, config, listener))
+        return event_loop.run(_serve(pool, config, listener))
 
 
 async def _serve(pool: WorkerPool, config: ServerConfig, listener: socket.socket) -> int:
     server = _Server(
         uvicorn.Config(
             create_app(pool, config),
-            # One parser everywhere, and one that bounds the headers.
+            # One parser everywhere, one that bounds the headers, and that does not lose the body of a request
+            # which offers to go on in another protocol: Java's clients offer HTTP/2.
             http="h11",
             ws="none",
             lifespan="off",
@@ -125,10 +127,13 @@ def _bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         way_out = "Choose another with --port; 0 takes a free one." if port else "Choose another --host."
         raise InvalidConfig(f"Cannot listen on {host} port {port}: {error.strerror}. {way_out}") from error
+    # Accepted connections inherit it: a token must not wait until the client acknowledges the one before it.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _url(listener: socket.socket) -> str:

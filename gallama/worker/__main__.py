@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from gallama import event_loop
 from gallama.config import ModelSpec
 from gallama.engines import ENGINES
 from gallama.errors import ErrorReport, GallamaError, InvalidConfig
@@ -35,7 +36,7 @@ def main() -> int:
     order = _read_order()
     threading.Thread(target=_end_with_gateway, args=(order.address,), daemon=True).start()
     try:
-        asyncio.run(_load_and_serve(order, report_fd))
+        event_loop.run(_load_and_serve(order, report_fd))
     except GallamaError as error:
         _report(report_fd, LoadFailed(error.report()))
     except Exception as error:

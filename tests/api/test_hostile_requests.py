@@ -337,6 +337,7 @@ def speak(gateway: Any, raw: bytes) -> bytes:
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Big: " + b"a" * 2**20 + b"\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"GET http://localhost/../v1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET //v1/../health HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -346,6 +347,10 @@ def speak(gateway: Any, raw: bytes) -> bytes:
         b"nonsense\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"2\r\n{}\r\n0\r\nX-Trailer: " + b"a" * 2**20,
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"2;" + b"a" * 2**20,
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"GET /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
@@ -393,6 +398,12 @@ def test_a_deep_schema_is_refused(gateway: Any) -> None:
     with gateway.client() as client:
         headers = {"content-type": "application/json"}
         refused(client.post("/v1/chat/completions", content=raw, headers=headers))
+
+
+def test_a_client_that_offers_http_2_is_answered(gateway: Any) -> None:
+    headers = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABk"}
+    answer = gateway.post({"model": "echo", "messages": MESSAGES}, headers=headers)
+    assert answer.status_code == 200
 
 
 def test_a_list_of_a_million_numbers_does_not_stop_others(gateway: Any) -> None:

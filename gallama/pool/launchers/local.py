@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -140,8 +140,8 @@ class _WorkerProcess(asyncio.SubprocessProtocol):
         self._running_transport().close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.SubprocessTransport)
-        self._transport = transport
+        # Another loop's transports are of classes of its own.
+        self._transport = cast("asyncio.SubprocessTransport", transport)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         *lines, unfinished = (self._unfinished[fd] + data.replace(b"\r", b"\n")).split(b"\n")
@@ -190,9 +190,7 @@ class _WorkerProcess(asyncio.SubprocessProtocol):
         return self._transport
 
     def _input(self) -> asyncio.WriteTransport:
-        transport = self._running_transport().get_pipe_transport(0)
-        assert isinstance(transport, asyncio.WriteTransport)
-        return transport
+        return cast("asyncio.WriteTransport", self._running_transport().get_pipe_transport(0))
 
 
 def _make_directory(model_name: str) -> str:
