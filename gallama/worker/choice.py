@@ -113,8 +113,10 @@ class Choice:
         """The events of one attempt that need not be held back."""
         self._attempts += 1
         attempt.replay()
-        # In a thread: for a large template it takes a tenth of a second.
-        generation = await asyncio.to_thread(self._generation, attempt.raw)
+        if self._grammar is None:
+            generation = self._generation(attempt.raw)
+        else:  # in a thread: for a large template it takes a tenth of a second
+            generation = await asyncio.to_thread(self._generation, attempt.raw)
         async with aclosing(self._engine.generate(generation)) as chunks:
             async for chunk in chunks:
                 self._count(chunk, attempt)
@@ -207,7 +209,7 @@ class _Attempt:
         return self._read(run_of(chunk, constraint), chunk)
 
     def finish(self) -> Sequence[ChatEvent]:
-        return self._release(self.parser.finish(), len(self.raw.text))
+        return self._release(self.parser.finish(), self.raw.length)
 
     def misfit(self, checks: ValueChecks) -> Misfit | None:
         """What of the answer breaks its schema."""
@@ -229,7 +231,7 @@ class _Attempt:
 
     def _read(self, run: Run, chunk: GeneratedChunk) -> Sequence[ChatEvent]:
         was_thinking = self.parser.is_reasoning
-        start = len(self.raw.text)
+        start = self.raw.length
         released = self._release(self.parser.feed(chunk), start)
         if was_thinking or self.parser.is_reasoning:
             self._last_thoughts = (start, start + len(run.text))

@@ -50,6 +50,8 @@ class RawAnswer:
 
     def __init__(self, runs: list[Run] | None = None) -> None:
         self._runs = runs or []
+        self.length = sum(len(run.text) for run in self._runs)
+        """Of its `text`, without putting that together."""
 
     @property
     def text(self) -> str:
@@ -61,6 +63,7 @@ class RawAnswer:
 
     def add(self, run: Run) -> None:
         self._runs.append(run)
+        self.length += len(run.text)
 
     def until(self, offset: int) -> RawAnswer:
         """The answer up to a place in its `text`, or a little less.

@@ -57,3 +57,9 @@ def test_runs_that_came_about_in_one_way_are_one_span() -> None:
         Span(text="abab[TOOL_CALLS]", tokens=3, by="sampled", constraint="tools"),
         Span(text="cdécdé", tokens=6, by="forced", constraint="tools"),
     )
+
+
+def test_the_length_is_that_of_the_text() -> None:
+    raw = answer(SAMPLED, MARKER, FORCED)
+    kept = raw.until(len("ab[TOOL_CALLS]c"))
+    assert (raw.length, kept.length) == (len(raw.text), len(kept.text))
