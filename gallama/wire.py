@@ -31,6 +31,7 @@ from gallama.errors import ErrorReport, RequestTooLarge
 
 MAX_FRAME_BYTES = 256 * 2**20
 _MAX_HELLO_BYTES = 4096
+_READ_BYTES = 2**16
 _LENGTH = struct.Struct(">I")
 
 T = TypeVar("T")
@@ -113,6 +114,8 @@ class Link:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
+        self._unread = bytearray()
+        """What was received behind the last frame."""
 
     async def send(self, message: Struct) -> None:
         """Send one frame; waits while the other side is slow to read.
@@ -135,20 +138,35 @@ class Link:
         Raises:
             BrokenLink: hung up, longer than `max_bytes`, or not what `decoder` reads.
         """
+        await self._fill(_LENGTH.size)
+        (length,) = _LENGTH.unpack_from(self._unread)
+        if length > max_bytes:
+            raise BrokenLink(f"A frame of {length} bytes came; at most {max_bytes} are read.")
+        end = _LENGTH.size + length
+        await self._fill(end)
+        payload = self._unread[_LENGTH.size : end]
+        del self._unread[:end]
         try:
-            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
-            if length > max_bytes:
-                raise BrokenLink(f"A frame of {length} bytes came; at most {max_bytes} are read.")
-            return decoder.decode(await self._reader.readexactly(length))
-        except asyncio.IncompleteReadError as error:
-            raise BrokenLink("The other side hung up.") from error
+            return decoder.decode(payload)
         except msgspec.DecodeError as error:
             raise BrokenLink(f"The other side does not speak our protocol: {error}") from error
+
+    async def _fill(self, size: int) -> None:
+        """Have so many bytes to take apart. All that has come is read at once: mostly that is a whole frame.
+
+        Raises:
+            BrokenLink: hung up.
+        """
+        while len(self._unread) < size:
+            received = await self._reader.read(_READ_BYTES)
+            if not received:
+                raise BrokenLink("The other side hung up.")
+            self._unread += received
 
     async def hung_up(self) -> None:
         """Return once the other side hangs up, or says something although it is not its turn."""
         with contextlib.suppress(ConnectionError):
-            await self._reader.read(1)
+            await self._fill(1)
 
     def close(self) -> None:
         """Hang up; what was sent before still arrives."""

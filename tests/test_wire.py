@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gallama.conversation import (
@@ -32,6 +35,7 @@ from gallama.wire import (
     MAX_FRAME_BYTES,
     BrokenLink,
     ChatCall,
+    Hello,
     Link,
     StatusCall,
     WorkerStatus,
@@ -212,6 +216,41 @@ async def test_a_slow_reader_slows_the_writer_down(address: str) -> None:
         await asyncio.sleep(0.2)
         assert sent < 200
         await events.aclose()
+
+
+async def test_speaking_out_of_turn_is_taken_as_hanging_up(address: str) -> None:
+    hung_up = asyncio.Event()
+
+    async def answer(link: Link) -> None:
+        await receive_call(link, SECRET)
+        await link.hung_up()
+        hung_up.set()
+
+    async with answering(address, answer) as actual:
+        link = await connect(actual)
+        for message in (Hello(SECRET), StatusCall(), StatusCall()):
+            await link.send(message)
+        await asyncio.wait_for(hung_up.wait(), 1)
+        link.close()
+
+
+async def test_frames_may_be_cut_anywhere() -> None:
+    frames = b"".join(len(raw).to_bytes(4, "big") + raw for raw in map(msgspec.msgpack.encode, EVENTS))
+    rng = random.Random(0)
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        cuts = sorted(rng.sample(range(1, len(frames)), k=rng.randint(1, 20)))
+        for begin, end in pairwise([0, *cuts, len(frames)]):
+            writer.write(frames[begin:end])
+            await asyncio.sleep(0.001)
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    address = f"tcp:127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    for _ in range(20):
+        assert [event async for event in stream_chat(address, SECRET, REQUEST)] == list(EVENTS)
+    server.close()
+    await asyncio.sleep(0.05)
 
 
 async def test_status_is_asked_and_told(address: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gallama.api.client_presence import cancel_all, client_left
 from gallama.api.error_answers import error_body
@@ -24,6 +24,8 @@ KEEP_ALIVE_SECONDS = 15.0
 UNREAD_SECONDS = 60.0
 """A client that takes nothing for so long, though it has not hung up, is left: others wait for its place."""
 
+_LOOKS = 8
+"""How often such a time is looked at while it passes."""
 _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -49,46 +51,65 @@ class EventStream(Response):
         self.init_headers(_HEADERS)
         self._chunks = chunks
         self._last_sent = time.monotonic()
+        """When something was last sent, or began to be: see `_is_sending`."""
+        self._is_sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._chunks):
             writing = asyncio.create_task(self._write(send))
-            keeping_alive = asyncio.create_task(self._keep_alive(send))
+            watching = asyncio.create_task(self._watch(send))
             leaving = asyncio.create_task(client_left(receive))
             try:
-                tasks = {writing, keeping_alive, leaving}
+                tasks = {writing, watching, leaving}
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
             except _UnreadStream:
                 logger.info("A stream ends: its client has read nothing for %.0f s.", UNREAD_SECONDS)
             finally:
-                await cancel_all(writing, keeping_alive, leaving)
+                await cancel_all(writing, watching, leaving)
 
     async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await self._send(send, start)
         try:
             async for chunk in self._chunks:
-                await self._send_body(send, to_event(chunk))
+                await self._send(send, _body(to_event(chunk)))
         except GallamaError as error:
-            await self._send_body(send, to_event(error_body(error.report())))
+            await self._send(send, _body(to_event(error_body(error.report()))))
             return
-        await self._send_body(send, _DONE, more=False)
+        await self._send(send, _body(_DONE, more=False))
+
+    async def _send(self, send: Send, message: Message) -> None:
+        self._last_sent = time.monotonic()
+        self._is_sending = True
+        await send(message)
+        self._is_sending = False
+
+    async def _watch(self, send: Send) -> None:
+        """Fill silence with comments. One watch for all chunks: a time limit for each costs more than it.
+
+        Raises:
+            _UnreadStream: what was sent is not being read.
+        """
+        while True:
+            await asyncio.sleep(min(KEEP_ALIVE_SECONDS, UNREAD_SECONDS) / _LOOKS)
+            seconds = time.monotonic() - self._last_sent
+            if self._is_sending and seconds >= UNREAD_SECONDS:
+                raise _UnreadStream
+            if not self._is_sending and seconds >= KEEP_ALIVE_SECONDS:
+                await self._keep_alive(send)
 
     async def _keep_alive(self, send: Send) -> None:
-        while True:
-            silent_seconds = time.monotonic() - self._last_sent
-            await asyncio.sleep(max(KEEP_ALIVE_SECONDS - silent_seconds, 0.01))
-            if time.monotonic() - self._last_sent >= KEEP_ALIVE_SECONDS:
-                await self._send_body(send, _KEEP_ALIVE)
-
-    async def _send_body(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        self._last_sent = time.monotonic()
         try:
             async with asyncio.timeout(UNREAD_SECONDS):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
+                await self._send(send, _body(_KEEP_ALIVE))
         except TimeoutError:
             raise _UnreadStream from None
+
+
+def _body(content: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": more}
 
 
 class _UnreadStream(Exception):

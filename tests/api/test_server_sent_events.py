@@ -109,3 +109,44 @@ async def test_a_client_that_reads_no_more_is_left(monkeypatch: pytest.MonkeyPat
     await asyncio.wait_for(EventStream(endless())({}, client.receive, client.send), 1)
     assert closed.is_set()
     assert client.messages[-1]["more_body"] is True
+
+
+async def test_a_client_that_takes_no_comments_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_sent_events, "KEEP_ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(server_sent_events, "UNREAD_SECONDS", 0.05)
+    closed = asyncio.Event()
+
+    async def silent() -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            yield {"a": 1}
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+
+    class Sleeper(Client):
+        async def send(self, message: Any) -> None:
+            await super().send(message)
+            if b"keep-alive" in message.get("body", b""):
+                await asyncio.Event().wait()
+
+    client = Sleeper()
+    await asyncio.wait_for(EventStream(silent())({}, client.receive, client.send), 1)
+    assert closed.is_set()
+
+
+async def test_a_client_that_reads_slowly_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_sent_events, "KEEP_ALIVE_SECONDS", 0.08)
+    monkeypatch.setattr(server_sent_events, "UNREAD_SECONDS", 0.08)
+
+    async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+        for number in range(10):
+            yield {"a": number}
+
+    class Slow(Client):
+        async def send(self, message: Any) -> None:
+            await asyncio.sleep(0.02)
+            await super().send(message)
+
+    client = Slow()
+    await EventStream(chunks())({}, client.receive, client.send)
+    assert client.text.endswith("data: [DONE]\n\n")
