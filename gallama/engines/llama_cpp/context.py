@@ -189,6 +189,11 @@ class SequenceCache:
         return rows
 
     @property
+    def shares_cells(self) -> bool:
+        """Whether all sequences use one pool of cells, or each its own part of them."""
+        return self._kv.shares_cells
+
+    @property
     def cached_tokens(self) -> int:
         """Tokens in all sequences, those of shared prefixes counted for each."""
         return sum(len(sequence.token_ids) for sequence in self._sequences)
@@ -244,6 +249,8 @@ class SequenceCache:
         if source is target:
             self.shorten(target, shared)
             return
+        if isinstance(source, _ShelvedSequence):
+            self._shelf.touch(source)
         self._shelve(target)
         if isinstance(source, CachedSequence) and self._kv.shares_cells:
             self._kv.copy(source.id, target.id, shared)
@@ -251,7 +258,6 @@ class SequenceCache:
         elif isinstance(source, CachedSequence):
             self._restore(target, self._snapshot(source), shared)
         elif source is not None:
-            self._shelf.touch(source)
             self._restore(target, source, shared)
 
     def _restore(self, target: CachedSequence, source: _ShelvedSequence, shared: int) -> None:

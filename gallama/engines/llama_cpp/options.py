@@ -117,7 +117,7 @@ def context_options(
         )
     slots = spec.max_concurrent_requests
     cells = _round_up(max(spec.cache_size or 0, context_length))
-    shares_cells = _shares_cells(options, cells, slots, context_length, must_share=must_share_cells)
+    shares_cells = _shares_cells(spec, options, cells, context_length, must_share=must_share_cells)
     sequences = slots + IDLE_SEQUENCES if shares_cells else slots
     return bindings.ContextOptions(
         cells=cells if shares_cells else slots * _round_up(context_length),
@@ -137,22 +137,30 @@ def context_options(
 
 
 def _shares_cells(
-    options: LlamaCppOptions, cells: int, slots: int, context_length: int, *, must_share: bool
+    spec: ModelSpec, options: LlamaCppOptions, cells: int, context_length: int, *, must_share: bool
 ) -> bool:
     """Whether the slots share the cache's cells; where it has enough for all, each has its own.
 
     A step is shorter so: no token is compared with the cells of others. docs/decisions/0013 has the figures.
     """
-    has_enough = cells >= slots * _round_up(context_length)
-    if options.kv_unified is not None and not options.kv_unified and (must_share or not has_enough):
-        reason = (
-            "this model's cache cannot be divided"
-            if must_share
-            else f"a part for each of {slots} requests (`max_concurrent_requests`) of {context_length} tokens"
-            f" (`max_seq_len`) needs a `cache_size` of {slots * _round_up(context_length)}"
+    slots = spec.max_concurrent_requests
+    needed = slots * _round_up(context_length)
+    if options.kv_unified is None:
+        # Drafts make the slots' shares of a batch uneven, which divided cells are slow with.
+        return must_share or cells < needed or spec.speculation != "off"
+    if options.kv_unified:
+        return True
+    if must_share:
+        raise InvalidConfig(
+            "`backend_extra_args.kv_unified` is false, but this model's cache cannot be divided."
         )
-        raise InvalidConfig(f"`backend_extra_args.kv_unified` is false, but {reason}.")
-    return must_share or options.kv_unified or (options.kv_unified is None and not has_enough)
+    if cells < needed:
+        raise InvalidConfig(
+            f"`backend_extra_args.kv_unified` is false, but a part for each of {slots} requests"
+            f" (`max_concurrent_requests`) of {context_length} tokens (`max_seq_len`) needs a `cache_size` of"
+            f" {needed}."
+        )
+    return False
 
 
 def choose_cores(options: LlamaCppOptions) -> Cores:

@@ -235,8 +235,10 @@ class Scheduler:
 
     def _run(self, warm_up: Callable[[], None], warmed_up: Future[None]) -> None:
         try:
+            self._take_cores()
             warm_up()
         except BaseException as error:
+            self._cores.end_work()
             warmed_up.set_exception(error)
             return
         warmed_up.set_result(None)
@@ -256,6 +258,7 @@ class Scheduler:
         """Let everybody know that there will be no more steps, also those who came only now."""
         error = WorkerUnavailable("The model is being unloaded.")
         self._fail_all(error)
+        self._cores.end_work()
         self._receive()
         for job in self._waiting:
             self._tell(job, error)
@@ -389,8 +392,8 @@ class Scheduler:
         )
         readers = [slot for slot in self._slots if slot.is_reading]
         parts = []
-        for slot in writers:
-            parts.append(_next_part(slot, budget))
+        for slot, most_tokens in zip(writers, self._shares(writers), strict=True):
+            parts.append(_next_part(slot, min(most_tokens, budget)))
             budget -= len(parts[-1].token_ids)
         if self._drafter is not None:
             parts = self._with_drafts(parts, budget)
@@ -398,10 +401,17 @@ class Scheduler:
         if writers:
             in_time = self._cost.tokens_within(self._options.step_seconds)
             budget = min(budget, max(in_time, LEAST_PROMPT_TOKENS))
+            if not self._cache.shares_cells:
+                readers = readers[:1]  # pieces of several lengths would be computed one after the other
         for slot in readers:
             parts.append(_next_part(slot, budget))
             budget -= len(parts[-1].token_ids)
         return [part for part in parts if part.token_ids]
+
+    def _shares(self, writers: list[_Slot]) -> list[int]:
+        """How many pending tokens each writer may have in the batch."""
+        pending = [slot.pending_count for slot in writers]
+        return pending if self._cache.shares_cells else even_shares(pending)
 
     def _with_drafts(self, parts: list[_Part], budget: int) -> list[_Part]:
         """The parts, each with a guess at what comes behind it where that may pay."""
@@ -564,6 +574,24 @@ class Scheduler:
         if self._updates:
             updates, self._updates = self._updates, []
             self._sink(updates)
+
+
+def even_shares(pending: list[int]) -> list[int]:
+    """How many of their pending tokens sequences get that do not share cells: few different numbers.
+
+    llama.cpp computes such a batch in layers, each as high as the lowest of the sequences that are left, and
+    each layer costs a step of its own. So everybody gets as much as the lowest, and some of the others get
+    more, all alike, if that is at least as many tokens as there are sequences: as well filled as a step.
+
+    Args:
+        pending: each at least 1, in rising order.
+    """
+    lowest = pending[0] if pending else 0
+    for index, height in enumerate(pending):
+        is_worth_it = (height - lowest) * (len(pending) - index) >= len(pending)
+        if height > lowest and is_worth_it:
+            return [lowest] * index + [height] * (len(pending) - index)
+    return [lowest] * len(pending)
 
 
 def _must_repeat(request: GenerationRequest) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gallama.engines.llama_cpp.context import SequenceCache
-from gallama.engines.llama_cpp.processor_cores import OwnCores
+from gallama.engines.llama_cpp.processor_cores import Cores, OwnCores, SharedCores
 from gallama.engines.llama_cpp.scheduler import (
     LEAST_PROMPT_TOKENS,
     WORTH_WAITING_TOKENS,
@@ -24,6 +26,7 @@ from gallama.engines.llama_cpp.scheduler import (
     Started,
     TokensAdded,
     Update,
+    even_shares,
 )
 from gallama.engines.llama_cpp.speculation import Drafter, NgramDrafter, Wish
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
@@ -120,10 +123,15 @@ class Board:
         slots: int = 4,
         batch_tokens: int = 64,
         drafter: Drafter | None = None,
+        cores: Cores | None = None,
+        shares_cells: bool = True,
         **more_options: Any,
     ) -> None:
-        self.kv = MemoryKv(cells, model=logits_after)
-        self.cache = SequenceCache(self.kv, sequences=slots + 3, can_forget_partly=True)
+        self.threads: list[int] = []
+        """Each number of threads that it was told to compute with."""
+        self.kv = MemoryKv(cells, model=logits_after, shares_cells=shares_cells)
+        sequences = slots + 3 if shares_cells else slots
+        self.cache = SequenceCache(self.kv, sequences=sequences, can_forget_partly=True, shelf_tokens=100)
         options = SchedulerOptions(
             slots=slots,
             batch_tokens=batch_tokens,
@@ -138,8 +146,8 @@ class Board:
             self.cache,
             options,
             self._inbox.put,
-            cores=OwnCores(1),
-            set_threads=lambda threads: None,
+            cores=cores or OwnCores(1),
+            set_threads=self.threads.append,
             drafter=drafter,
         )
         self._updates: dict[Job, list[Update]] = {}
@@ -255,13 +263,15 @@ def test_an_answer_that_is_forced_as_a_whole_needs_no_computation(board: Board) 
     assert board.kv.batches == []
 
 
-@pytest.mark.parametrize("cells", [70, 120, ENDLESS])
+@pytest.mark.parametrize(("cells", "shares_cells"), [(70, True), (120, True), (ENDLESS, True), (70, False)])
 @pytest.mark.parametrize("batch_tokens", [8, 64])
-def test_answers_do_not_depend_on_company_cancellations_or_room(cells: int, batch_tokens: int) -> None:
+def test_answers_do_not_depend_on_company_cancellations_or_room(
+    cells: int, shares_cells: bool, batch_tokens: int
+) -> None:
     """Many random jobs, some of them given up, in a cache that may be far too small for all."""
     rng = random.Random(cells + batch_tokens)
     for _ in range(4):
-        for board in _running(Board(cells=cells, batch_tokens=batch_tokens)):
+        for board in _running(Board(cells=cells, batch_tokens=batch_tokens, shares_cells=shares_cells)):
             _run_random_jobs(board, rng)
             board.wait_until_idle()
             assert not any(sequence.is_busy for sequence in board.cache._sequences)
@@ -337,6 +347,26 @@ def test_choices_of_one_prompt_go_their_own_ways_behind_it(board: Board) -> None
     assert list(map(len, answers)) == lengths
     assert all(answer == answers[0][: len(answer)] for answer in answers)
     assert board.kv.computed_tokens == len(prompt) + sum(length - 1 for length in lengths)
+
+
+@pytest.mark.parametrize(
+    ("pending", "shares"),
+    [
+        ([], []),
+        ([1, 1, 1], [1, 1, 1]),
+        ([5], [5]),
+        ([1, 6], [1, 6]),
+        ([1, 1, 1, 1, 1, 1, 1, 6], [1] * 8),
+        ([1, 1, 1, 1, 1, 1, 1, 9], [1] * 7 + [9]),
+        ([1, 1, 1, 1, 1, 1, 2, 8], [1] * 8),
+        ([1, 1, 1, 1, 1, 1, 5, 9], [1] * 6 + [5] * 2),
+        ([2, 2, 2, 3, 7, 7], [2, 2, 2, 2, 7, 7]),
+    ],
+)
+def test_sequences_with_cells_of_their_own_get_few_different_shares(
+    pending: list[int], shares: list[int]
+) -> None:
+    assert even_shares(pending) == shares
 
 
 def test_a_long_prompt_is_read_in_pieces_while_others_write() -> None:
@@ -521,3 +551,58 @@ class Choosable(Runs):
         out[:] = 0
         out[forced[0] // 32] = 1 << forced[0] % 32
         return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers share cores on Linux only")
+def test_cores_are_shared_from_the_first_computation_on_while_another_worker_is_busy(tmp_path: Path) -> None:
+    other = SharedCores(8, tmp_path)
+    other.begin_work()
+    board = Board(cores=SharedCores(8, tmp_path))
+    threads_at_start: list[int] = []
+    board.scheduler.start(warm_up=lambda: threads_at_start.extend(board.threads))
+    board.answer(board.submit(request([1, 2])))
+    assert threads_at_start == board.threads == [4]
+    other.end_work()
+    board.answer(board.submit(request([1, 2])))
+    assert board.threads == [4, 8]
+    board.scheduler.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers share cores on Linux only")
+def test_a_worker_that_has_nothing_to_do_leaves_all_cores_to_the_others(tmp_path: Path) -> None:
+    other = SharedCores(8, tmp_path)
+    other.begin_work()
+    board = Board(cores=SharedCores(8, tmp_path))
+    board.scheduler.start(warm_up=lambda: None)
+    job = board.submit(request([1, 2], max_tokens=ENDLESS, sampling=WITHOUT_END))
+    board.wait_for_tokens(job)
+    assert other.threads() == 4
+    board.scheduler.cancel(job)
+    deadline = time.monotonic() + SECONDS
+    while other.threads() < 8:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    board.scheduler.close()
+    other.end_work()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers share cores on Linux only")
+@pytest.mark.parametrize("fails_to_warm_up", [False, True])
+def test_a_worker_that_has_ended_leaves_all_cores_to_the_others(
+    tmp_path: Path, fails_to_warm_up: bool
+) -> None:
+    def break_down() -> None:
+        raise ZeroDivisionError
+
+    other = SharedCores(8, tmp_path)
+    other.begin_work()
+    board = Board(cores=SharedCores(8, tmp_path))
+    if fails_to_warm_up:
+        with pytest.raises(ZeroDivisionError):
+            board.scheduler.start(warm_up=break_down)
+    else:
+        board.scheduler.start(warm_up=lambda: None)
+        board.wait_for_tokens(board.submit(request([1], max_tokens=ENDLESS, sampling=WITHOUT_END)))
+    board.scheduler.close()
+    assert other.threads() == 8
+    other.end_work()
