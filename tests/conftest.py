@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,14 @@ from gallama.generation import Engine, State, Vocabulary
 
 BYTE_END = 256
 BYTE_MARKER = 257
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of the tests' own for what gallama keeps, such as its cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GALLAMA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")
