@@ -241,7 +241,14 @@ class SequenceCache:
         loses_little = source is not None and shared >= len(source.token_ids) // 2
         if isinstance(source, CachedSequence) and source in idle and (loses_little or not others):
             return source
-        return min(others, key=lambda sequence: (len(sequence.token_ids) > 0, sequence.last_used))
+        busy = {sequence.id for sequence in self._sequences if sequence.is_busy}
+
+        def cost(sequence: CachedSequence) -> tuple[bool, bool, int]:
+            # Only neighbours are computed together where each has its own cells.
+            is_apart = not self._kv.shares_cells and not busy & {sequence.id - 1, sequence.id + 1}
+            return is_apart, len(sequence.token_ids) > 0, sequence.last_used
+
+        return min(others, key=cost)
 
     def _move_prefix(
         self, source: CachedSequence | _ShelvedSequence | None, target: CachedSequence, shared: int

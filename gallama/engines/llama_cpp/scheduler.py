@@ -406,12 +406,15 @@ class Scheduler:
         for slot in readers:
             parts.append(_next_part(slot, budget))
             budget -= len(parts[-1].token_ids)
-        return [part for part in parts if part.token_ids]
+        # In this order, sequences with cells of their own are computed together.
+        return sorted((part for part in parts if part.token_ids), key=lambda part: part.slot.sequence.id)
 
     def _shares(self, writers: list[_Slot]) -> list[int]:
         """How many pending tokens each writer may have in the batch."""
         pending = [slot.pending_count for slot in writers]
-        return pending if self._cache.shares_cells else even_shares(pending)
+        if self._cache.shares_cells:
+            return pending
+        return even_shares(pending, [slot.sequence.id for slot in writers])
 
     def _with_drafts(self, parts: list[_Part], budget: int) -> list[_Part]:
         """The parts, each with a guess at what comes behind it where that may pay."""
@@ -576,21 +579,23 @@ class Scheduler:
             self._sink(updates)
 
 
-def even_shares(pending: list[int]) -> list[int]:
+def even_shares(pending: Sequence[int], sequences: Sequence[int]) -> list[int]:
     """How many of their pending tokens sequences get that do not share cells: few different numbers.
 
     llama.cpp computes such a batch in layers, each as high as the lowest of the sequences that are left, and
-    each layer costs a step of its own. So everybody gets as much as the lowest, and some of the others get
-    more, all alike, if that is at least as many tokens as there are sequences: as well filled as a step.
+    of neighbours only; each layer costs a step of its own. So everybody gets as much as the lowest, and some
+    of the others get more, all alike, if the layers are as well filled with that as a step is.
 
     Args:
         pending: each at least 1, in rising order.
+        sequences: the ids.
     """
     lowest = pending[0] if pending else 0
     for index, height in enumerate(pending):
-        is_worth_it = (height - lowest) * (len(pending) - index) >= len(pending)
-        if height > lowest and is_worth_it:
-            return [lowest] * index + [height] * (len(pending) - index)
+        higher = sequences[index:]
+        layers = sum(sequence - 1 not in higher for sequence in higher)
+        if height > lowest and (height - lowest) * len(higher) >= layers * len(pending):
+            return [lowest] * index + [height] * len(higher)
     return [lowest] * len(pending)
 
 

@@ -272,6 +272,14 @@ def test_a_prefix_goes_from_one_part_of_the_cells_to_another() -> None:
     assert kv.computed_tokens == len(PROMPT) + 2
 
 
+def test_work_goes_beside_work_where_each_sequence_has_its_own_cells() -> None:
+    cache, _ = make(shares_cells=False, sequences=4)
+    first = [read(cache, [number] * 20) for number in range(4)]
+    for sequence in (first[0], first[1], first[3]):
+        cache.release(sequence)
+    assert cache.acquire(PROMPT).id in (1, 3)
+
+
 def test_a_restored_sequence_of_a_model_with_a_window_is_never_shortened() -> None:
     cache, kv = make(cells=30, sequences=2, shelf_tokens=100, has_window=True)
     read_and_leave(cache, PROMPT)

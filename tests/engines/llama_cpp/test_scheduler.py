@@ -350,23 +350,34 @@ def test_choices_of_one_prompt_go_their_own_ways_behind_it(board: Board) -> None
 
 
 @pytest.mark.parametrize(
-    ("pending", "shares"),
+    ("pending", "sequences", "shares"),
     [
-        ([], []),
-        ([1, 1, 1], [1, 1, 1]),
-        ([5], [5]),
-        ([1, 6], [1, 6]),
-        ([1, 1, 1, 1, 1, 1, 1, 6], [1] * 8),
-        ([1, 1, 1, 1, 1, 1, 1, 9], [1] * 7 + [9]),
-        ([1, 1, 1, 1, 1, 1, 2, 8], [1] * 8),
-        ([1, 1, 1, 1, 1, 1, 5, 9], [1] * 6 + [5] * 2),
-        ([2, 2, 2, 3, 7, 7], [2, 2, 2, 2, 7, 7]),
+        ([], [], []),
+        ([1, 1, 1], [2, 0, 1], [1, 1, 1]),
+        ([5], [0], [5]),
+        ([1, 6], [0, 1], [1, 6]),
+        ([1, 1, 1, 1, 1, 1, 1, 6], range(8), [1] * 8),
+        ([1, 1, 1, 1, 1, 1, 1, 9], range(8), [1] * 7 + [9]),
+        ([1, 1, 1, 1, 1, 1, 2, 8], range(8), [1] * 8),
+        ([1, 1, 1, 1, 1, 1, 5, 9], range(8), [1] * 6 + [5] * 2),
+        ([1, 1, 1, 1, 1, 1, 5, 9], [7, 1, 2, 3, 4, 5, 6, 0], [1] * 7 + [9]),
+        ([2, 2, 2, 3, 7, 7], range(6), [2, 2, 2, 2, 7, 7]),
     ],
 )
 def test_sequences_with_cells_of_their_own_get_few_different_shares(
-    pending: list[int], shares: list[int]
+    pending: list[int], sequences: Sequence[int], shares: list[int]
 ) -> None:
-    assert even_shares(pending) == shares
+    assert even_shares(pending, sequences) == shares
+
+
+def test_sequences_with_cells_of_their_own_stand_side_by_side_in_a_batch() -> None:
+    board = Board(shares_cells=False, slots=4)
+    jobs = [board.submit(request([number, 1], max_tokens=5 + number)) for number in range(10)]
+    for _ in _running(board):
+        for job in jobs:
+            board.answer(job)
+        assert all(batch == sorted(batch) for batch in board.kv.batches)
+        assert max(len(set(batch)) for batch in board.kv.batches) == 4
 
 
 def test_a_long_prompt_is_read_in_pieces_while_others_write() -> None:
