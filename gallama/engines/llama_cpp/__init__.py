@@ -115,7 +115,7 @@ class LlamaCppEngine:
             scheduler_options,
             self._hand_over,
             drafter=self._drafter,
-            cores=choose_cores(options),
+            cores=choose_cores(spec, options),
             set_threads=self._set_threads,
         )
 

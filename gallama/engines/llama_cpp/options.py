@@ -163,14 +163,14 @@ def _shares_cells(
     return False
 
 
-def choose_cores(options: LlamaCppOptions) -> Cores:
+def choose_cores(spec: ModelSpec, options: LlamaCppOptions) -> Cores:
     """The cores to compute on: as many as the spec says, else what there is, shared with other workers.
 
     A model that is on a GPU as a whole leaves little to compute on cores, so it takes no part in sharing.
     """
     if options.n_threads is not None or options.n_threads_batch is not None:
         return OwnCores(options.n_threads or usable_cores())
-    if bindings.supports_gpus() and options.n_gpu_layers < 0:
+    if bindings.supports_gpus() and model_options(spec, options).gpu_layers < 0:
         return OwnCores(usable_cores())
     return cores_to_share()
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gallama.engines.llama_cpp.processor_cores import SharedCores, share, usable_cores
+from gallama.config import ModelSpec
+from gallama.engines.llama_cpp.options import choose_cores, read_options
+from gallama.engines.llama_cpp.processor_cores import OwnCores, SharedCores, share, usable_cores
 
 needs_locks = pytest.mark.skipif(sys.platform != "linux", reason="workers share cores on Linux only")
 
@@ -299,3 +301,27 @@ def test_quotas_of_control_groups_count_wherever_they_are(
 
 def test_without_control_groups_the_affinity_counts(tmp_path: Path) -> None:
     assert usable_cores(tmp_path) == CORES
+
+
+def chosen(arguments: dict[str, int], **values: object) -> type:
+    spec = ModelSpec.model_validate({"model_id": "any", "backend_extra_args": arguments, **values})
+    return type(choose_cores(spec, read_options(spec)))
+
+
+def test_threads_that_the_spec_sets_are_not_shared() -> None:
+    spec = ModelSpec.model_validate({"model_id": "any", "backend_extra_args": {"n_threads": 3}})
+    cores = choose_cores(spec, read_options(spec))
+    cores.begin_work()
+    assert (type(cores), cores.threads()) == (OwnCores, 3)
+    assert chosen({"n_threads_batch": 3}) == OwnCores
+
+
+@needs_locks
+def test_only_a_model_that_a_gpu_holds_as_a_whole_takes_no_part_in_sharing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert chosen({}) == SharedCores
+    monkeypatch.setattr("gallama.engines.llama_cpp.bindings.supports_gpus", lambda: True)
+    assert chosen({}) == OwnCores
+    assert chosen({"n_gpu_layers": 5}) == SharedCores
+    assert chosen({}, gpus=[0]) == SharedCores
