@@ -192,6 +192,10 @@ class Usage(Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     """Prompt tokens that were in the cache."""
     reasoning_tokens: int = 0
+    accepted_draft_tokens: int | None = None
+    """Tokens that were guessed ahead and stand in the answer; None: the model's tokens are not guessed."""
+    rejected_draft_tokens: int | None = None
+    """Those that were guessed in vain; they count as nothing else."""
 
 
 class Accepted(Struct, frozen=True, tag=True):

@@ -141,6 +141,10 @@ class GeneratedChunk:
     sampled_tokens: int = 0
     forced_tokens: int = 0
     """Tokens that the grammar left no choice about, so that none was sampled."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed ahead and checked."""
+    accepted_draft_tokens: int = 0
+    """How many of them were right."""
     cached_prompt_tokens: int = 0
     """On the first chunk: prompt tokens that were not computed again."""
     end: EndReason | None = None

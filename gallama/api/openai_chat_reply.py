@@ -220,10 +220,14 @@ def _to_logprob(token: str, token_bytes: bytes, logprob: float) -> dict[str, Any
 
 
 def _to_usage(usage: Usage) -> dict[str, Any]:
+    details = {"reasoning_tokens": usage.reasoning_tokens}
+    if usage.accepted_draft_tokens is not None and usage.rejected_draft_tokens is not None:
+        details["accepted_prediction_tokens"] = usage.accepted_draft_tokens
+        details["rejected_prediction_tokens"] = usage.rejected_draft_tokens
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "completion_tokens_details": details,
     }

@@ -5,7 +5,7 @@ Knows conversations and tokens, and is the only place that knows both.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -33,6 +33,7 @@ class ChatRunner:
     def __init__(self, engine: Engine, spec: ModelSpec) -> None:
         self._engine = engine
         self._sampling_defaults = spec.default_sampling.to_settings()
+        self._guesses_ahead = spec.speculation != "off"
         self._preparer = ChatPreparer(engine, spec)
 
     async def run(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
@@ -51,13 +52,18 @@ class ChatRunner:
         async with aclosing(interleaved([choice.events() for choice in choices])) as events:
             async for event in events:
                 yield event
-        yield Completed(
-            usage=Usage(
-                prompt_tokens=len(prepared.prompt_token_ids),
-                completion_tokens=sum(choice.generated_tokens for choice in choices),
-                cached_tokens=choices[0].cached_prompt_tokens,
-                reasoning_tokens=sum(choice.reasoning_tokens for choice in choices),
-            )
+        yield Completed(usage=self._usage(prepared, choices))
+
+    def _usage(self, prepared: PreparedChat, choices: Sequence[Choice]) -> Usage:
+        accepted = sum(choice.accepted_draft_tokens for choice in choices)
+        rejected = sum(choice.drafted_tokens for choice in choices) - accepted
+        return Usage(
+            prompt_tokens=len(prepared.prompt_token_ids),
+            completion_tokens=sum(choice.generated_tokens for choice in choices),
+            cached_tokens=choices[0].cached_prompt_tokens,
+            reasoning_tokens=sum(choice.reasoning_tokens for choice in choices),
+            accepted_draft_tokens=accepted if self._guesses_ahead else None,
+            rejected_draft_tokens=rejected if self._guesses_ahead else None,
         )
 
     def _choice(self, request: ChatRequest, prepared: PreparedChat, index: int) -> Choice:

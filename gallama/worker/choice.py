@@ -77,6 +77,9 @@ class Choice:
         self._forced_tokens = 0
         self.reasoning_tokens = 0
         self.cached_prompt_tokens = 0
+        self.drafted_tokens = 0
+        """Tokens that were guessed ahead and checked, in all attempts."""
+        self.accepted_draft_tokens = 0
 
     @property
     def generated_tokens(self) -> int:
@@ -143,6 +146,8 @@ class Choice:
         tokens = chunk.sampled_tokens + chunk.forced_tokens
         self._sampled_tokens += chunk.sampled_tokens
         self._forced_tokens += chunk.forced_tokens
+        self.drafted_tokens += chunk.drafted_tokens
+        self.accepted_draft_tokens += chunk.accepted_draft_tokens
         self.reasoning_tokens += tokens if attempt.parser.is_reasoning else 0
         if self._attempts == 1:
             self.cached_prompt_tokens += chunk.cached_prompt_tokens

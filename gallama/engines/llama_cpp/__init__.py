@@ -22,6 +22,7 @@ from gallama.engines.llama_cpp.options import (
     read_options,
 )
 from gallama.engines.llama_cpp.scheduler import (
+    DraftChecked,
     Ended,
     Job,
     Scheduler,
@@ -142,6 +143,11 @@ class LlamaCppEngine:
                     case TokensAdded():
                         for chunk in text.chunks(update):
                             yield chunk
+                    case DraftChecked():
+                        yield GeneratedChunk(
+                            drafted_tokens=update.drafted_tokens,
+                            accepted_draft_tokens=update.accepted_tokens,
+                        )
                     case Ended():
                         yield GeneratedChunk(text=text.rest(), end=update.reason)
                         return

@@ -63,11 +63,19 @@ class TokensAdded:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftChecked:
+    """What became of a draft; comes behind the tokens that were chosen with it."""
+
+    drafted_tokens: int
+    accepted_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     reason: EndReason
 
 
-Update = Started | TokensAdded | Ended | GallamaError
+Update = Started | TokensAdded | DraftChecked | Ended | GallamaError
 
 
 @dataclass(slots=True, eq=False)
@@ -93,6 +101,9 @@ class _Slot:
     prompt_length: int
     draft_length: DraftLength | None
     """None: nothing is guessed for it."""
+    draft: Sequence[int] = ()
+    """What was computed on a guess behind its first `draft_start` tokens, and is being checked."""
+    draft_start: int = 0
     has_chosen: bool = False
     """Whether a token of its answer was sampled."""
     has_ended: bool = False
@@ -437,9 +448,9 @@ class Scheduler:
     def _write(self, part: _Part, rows: list[NDArray[np.float32]], mask_row: int) -> None:
         """Choose the slot's next token, and one more for each that was guessed before it."""
         slot, computed = part.slot, part.slot.sequence.token_ids
-        start = len(slot.token_ids)
+        start = written = len(slot.token_ids)
+        slot.draft, slot.draft_start = part.draft, start
         self._remember_prompt(slot, rows[0])
-        written = start
         try:
             while not slot.has_ended and computed[start:written] == slot.token_ids[start:]:
                 self._choose(slot, rows[written - start], mask_row)
@@ -447,21 +458,22 @@ class Scheduler:
                 if written - start >= len(rows):
                     break
         finally:
-            if part.draft:
-                self._settle_draft(part, start)
+            self._settle_draft(slot)
 
-    def _settle_draft(self, part: _Part, start: int) -> None:
-        """Take back what was guessed wrong."""
-        slot = part.slot
-        accepted = common_prefix(list(part.draft), slot.token_ids[start:])
-        if not slot.has_ended:
-            self._cache.shorten(slot.sequence, start + accepted)
-        self._counts.drafted_tokens += len(part.draft)
+    def _settle_draft(self, slot: _Slot) -> None:
+        """Take back what was guessed wrong, if something was guessed."""
+        draft, slot.draft = slot.draft, ()
+        if not draft:
+            return
+        accepted = common_prefix(list(draft), slot.token_ids[slot.draft_start :])
+        self._cache.shorten(slot.sequence, slot.draft_start + accepted)
+        self._counts.drafted_tokens += len(draft)
         self._counts.accepted_draft_tokens += accepted
+        self._tell(slot.job, DraftChecked(len(draft), accepted))
         assert slot.draft_length is not None
         cost = self._cost
-        saving = cost.seconds_per_step / len(self._slots or (slot,)) + cost.seconds_per_token
-        slot.draft_length.record(len(part.draft), accepted, saving, cost.seconds_per_token)
+        saving = cost.seconds_per_step / len(self._slots) + cost.seconds_per_token
+        slot.draft_length.record(len(draft), accepted, saving, cost.seconds_per_token)
 
     def _remember_prompt(self, slot: _Slot, logits: NDArray[np.float32]) -> None:
         """Keep what comes behind a prompt, for those who wait with the same one."""
@@ -519,6 +531,7 @@ class Scheduler:
             self._finish(slot, Ended("length"))
 
     def _finish(self, slot: _Slot, update: Update) -> None:
+        self._settle_draft(slot)
         self._tell(slot.job, update)
         self._free(slot)
 

@@ -19,6 +19,7 @@ from gallama.engines.llama_cpp.processor_cores import Cores, OwnCores, SharedCor
 from gallama.engines.llama_cpp.scheduler import (
     LEAST_PROMPT_TOKENS,
     WORTH_WAITING_TOKENS,
+    DraftChecked,
     Ended,
     Job,
     Scheduler,
@@ -527,6 +528,18 @@ def test_what_is_guessed_right_saves_steps() -> None:
     assert steps(None) == 60
     assert steps(Oracle(0, lies=0.0)) < 60, "at least the first guesses, before anything is known of costs"
     assert steps(NgramDrafter([])) <= 60
+
+
+def test_each_job_hears_what_became_of_the_guesses_made_for_it() -> None:
+    for board in _running(Board(drafter=Oracle(0, lies=0.3))):
+        jobs = [board.submit(request([number], max_tokens=30)) for number in range(6)]
+        checked = [
+            update for job in jobs for update in board.updates(job) if isinstance(update, DraftChecked)
+        ]
+        board.wait_until_idle()
+        status = board.scheduler.status()
+        assert sum(update.drafted_tokens for update in checked) == status.drafted_tokens > 0
+        assert sum(update.accepted_tokens for update in checked) == status.accepted_draft_tokens > 0
 
 
 def test_the_drafter_forgets_whoever_ends() -> None:
