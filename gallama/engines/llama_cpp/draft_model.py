@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,14 @@ from gallama.engines.llama_cpp.bindings import (
 )
 from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
 from gallama.engines.llama_cpp.sampling import allowed_tokens
-from gallama.engines.llama_cpp.speculation import Drafter, NgramDrafter, Wish, errors_end_the_draft
+from gallama.engines.llama_cpp.speculation import (
+    NO_DRAFT,
+    Draft,
+    Drafter,
+    NgramDrafter,
+    Wish,
+    errors_end_the_draft,
+)
 from gallama.errors import GallamaError, InvalidConfig
 from gallama.generation import State, Vocabulary
 
@@ -185,7 +193,7 @@ class _Follower:
 
 
 @dataclass(slots=True, eq=False)
-class _Draft:
+class _Drafting:
     """A draft in the making."""
 
     wish: Wish
@@ -226,18 +234,27 @@ class ModelDrafter:
         self._context_length = context_length
         self._set_threads = set_threads
         self._close = close
+        self.seconds_per_token = 0.0
         self._followers: dict[Hashable, _Follower] = {}
         self._given_up: set[Hashable] = set()
         self._mask = np.zeros((vocabulary_size + 31) // 32, dtype=np.int32)
 
-    def draft(self, wishes: Sequence[Wish]) -> list[list[int]]:
+    def draft(self, wishes: Sequence[Wish]) -> list[Draft]:
+        start = time.perf_counter()
         drafts = {wish.key: self._begin(wish) for wish in wishes if self._is_possible(wish)}
         going_on = list(drafts.values())
         while going_on:
             for draft, logits in self._compute(going_on):
                 self._extend(draft, logits)
             going_on = [draft for draft in going_on if draft.pending]
-        return [drafts[wish.key].token_ids if wish.key in drafts else [] for wish in wishes]
+        self._learn_cost(sum(len(draft.token_ids) for draft in drafts.values()), time.perf_counter() - start)
+        return [Draft(drafts[wish.key].token_ids) if wish.key in drafts else NO_DRAFT for wish in wishes]
+
+    def _learn_cost(self, tokens: int, seconds: float) -> None:
+        if tokens:
+            # Reading a long prompt, once, must not count as what each token takes.
+            seconds_each = min(seconds / tokens, 2 * (self.seconds_per_token or seconds))
+            self.seconds_per_token += 0.2 * (seconds_each - self.seconds_per_token)
 
     def forget(self, key: Hashable) -> None:
         self._given_up.discard(key)
@@ -258,7 +275,7 @@ class ModelDrafter:
             and len(wish.token_ids) < self._context_length
         )
 
-    def _begin(self, wish: Wish) -> _Draft:
+    def _begin(self, wish: Wish) -> _Drafting:
         """Bring the slot's sequence back to where it agrees with the text."""
         follower = self._followers.get(wish.key)
         if follower is None:
@@ -270,14 +287,14 @@ class ModelDrafter:
             # The last token is computed again if need be: its logits are what is asked for.
             self._cache.shorten(sequence, min(same, len(wish.token_ids) - 1))
         follower.verified_tokens = len(sequence.token_ids)
-        return _Draft(
+        return _Drafting(
             wish,
             sequence,
             pending=wish.token_ids[follower.verified_tokens :],
             state=wish.state.clone() if wish.state is not None else None,
         )
 
-    def _compute(self, drafts: list[_Draft]) -> list[tuple[_Draft, NDArray[np.float32]]]:
+    def _compute(self, drafts: list[_Drafting]) -> list[tuple[_Drafting, NDArray[np.float32]]]:
         """Compute what the drafts wait for; logits where all of it did fit. The others are finished."""
         parts = self._plan(drafts)
         rows: list[list[NDArray[np.float32]]] = []
@@ -296,7 +313,7 @@ class ModelDrafter:
             draft.pending = []
         return [(draft, row[0]) for (draft, _), row in zip(parts, rows, strict=True) if row]
 
-    def _plan(self, drafts: list[_Draft]) -> list[tuple[_Draft, BatchPart]]:
+    def _plan(self, drafts: list[_Drafting]) -> list[tuple[_Drafting, BatchPart]]:
         """Who gets how much of a batch: first those who need little."""
         parts, budget = [], self._batch_tokens
         for draft in sorted(drafts, key=lambda draft: len(draft.pending)):
@@ -310,7 +327,7 @@ class ModelDrafter:
                 parts.append((draft, BatchPart(draft.sequence, piece, logits=int(is_all))))
         return parts
 
-    def _extend(self, draft: _Draft, logits: NDArray[np.float32]) -> None:
+    def _extend(self, draft: _Drafting, logits: NDArray[np.float32]) -> None:
         """Add the next guess; its tokens are pending if there is more to come."""
         run: list[int] = []
         with errors_end_the_draft():
@@ -348,7 +365,7 @@ class ModelDrafter:
     def _allowed(self, state: State) -> NDArray[np.intp] | None:
         return allowed_tokens(self._mask, self._shared_tokens) if state.mask(self._mask) else None
 
-    def _give_up(self, draft: _Draft) -> None:
+    def _give_up(self, draft: _Drafting) -> None:
         """Draft no more for this slot: starting anew at each step would cost more than it could save."""
         self._given_up.add(draft.wish.key)
         self._cache.discard(self._followers.pop(draft.wish.key).sequence)

@@ -26,7 +26,7 @@ from gallama.engines.llama_cpp.bindings import Candidates, DecodeFailed, KvCache
 from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
 from gallama.engines.llama_cpp.processor_cores import Cores
 from gallama.engines.llama_cpp.sampling import Sampler, log_probabilities
-from gallama.engines.llama_cpp.speculation import Drafter, DraftLength, Wish
+from gallama.engines.llama_cpp.speculation import MODEL_DRAFT, NO_DRAFT, Draft, Drafter, Trust, Wish
 from gallama.engines.llama_cpp.step_cost import StepCost
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
 from gallama.generation import EndReason, EngineStatus, GenerationRequest, State, TokenLogprob
@@ -99,9 +99,8 @@ class _Slot:
     sampler: Sampler
     token_ids: list[int]
     prompt_length: int
-    draft_length: DraftLength | None
-    """None: nothing is guessed for it."""
-    draft: Sequence[int] = ()
+    trust: Trust
+    draft: Draft = NO_DRAFT
     """What was computed on a guess behind its first `draft_start` tokens, and is being checked."""
     draft_start: int = 0
     has_chosen: bool = False
@@ -140,7 +139,7 @@ class _Part:
     slot: _Slot
     token_ids: list[int]
     is_last: bool
-    draft: Sequence[int] = ()
+    draft: Draft = NO_DRAFT
 
 
 @dataclass(slots=True)
@@ -337,7 +336,7 @@ class Scheduler:
             sampler=sampler,
             token_ids=prompt,
             prompt_length=len(prompt),
-            draft_length=DraftLength(self._options.draft_tokens) if self._drafter else None,
+            trust=Trust(),
         )
         self._slots.append(slot)
         self._tell(job, Started(cached_prompt_tokens=min(len(sequence.token_ids), len(prompt))))
@@ -408,7 +407,7 @@ class Scheduler:
             budget -= len(parts[-1].token_ids)
         if self._drafter is not None:
             parts = self._with_drafts(parts, budget)
-            budget -= sum(len(part.draft) for part in parts)
+            budget -= sum(len(part.draft.token_ids) for part in parts)
         if writers:
             in_time = self._cost.tokens_within(self._options.step_seconds)
             budget = min(budget, max(in_time, LEAST_PROMPT_TOKENS))
@@ -430,20 +429,31 @@ class Scheduler:
     def _with_drafts(self, parts: list[_Part], budget: int) -> list[_Part]:
         """The parts, each with a guess at what comes behind it where that may pay."""
         assert self._drafter is not None
-        wishes, wishing, room = [], [], min(budget, MOST_DRAFTED_TOKENS)
+        step_tokens = sum(len(part.token_ids) for part in parts)
+        wishing = {id(part): wish for part in parts if (wish := self._wish(part, step_tokens))}
+        drafts = dict(zip(wishing, self._drafter.draft(list(wishing.values())), strict=True))
+        room = min(budget, MOST_DRAFTED_TOKENS)
+        with_drafts = []
         for part in parts:
-            slot = part.slot
-            if slot.draft_length is None or not part.is_last:
-                continue
-            # One more is chosen behind a draft that is right as a whole.
-            most_tokens = min(slot.draft_length.most_tokens(), slot.room - 1, room)
-            if most_tokens > 0:
-                wishing.append(part)
-                wishes.append(Wish(slot, slot.token_ids, most_tokens, slot.job.request.state))
-                room -= most_tokens
-        drafts = self._drafter.draft(wishes) if wishes else []
-        guessed = {id(part): draft for part, draft in zip(wishing, drafts, strict=True)}
-        return [replace(part, draft=guessed.get(id(part), ())) for part in parts]
+            draft = drafts.get(id(part), NO_DRAFT)
+            most_tokens = min(len(draft.token_ids), room)
+            length = part.slot.trust.best_length(most_tokens, draft.kind, step_tokens, self._cost)
+            with_drafts.append(replace(part, draft=Draft(draft.token_ids[:length], draft.kind)))
+            room -= length
+            step_tokens += length
+        return with_drafts
+
+    def _wish(self, part: _Part, step_tokens: int) -> Wish | None:
+        """How much of a guess a slot would like; None: none."""
+        assert self._drafter is not None
+        slot = part.slot
+        # One more is chosen behind a draft that is right as a whole.
+        most_tokens = min(self._options.draft_tokens, slot.room - 1)
+        if not part.is_last or most_tokens <= 0:
+            return None
+        if seconds := self._drafter.seconds_per_token:
+            most_tokens = slot.trust.best_length(most_tokens, MODEL_DRAFT, step_tokens, self._cost, seconds)
+        return Wish(slot, slot.token_ids, most_tokens, slot.job.request.state) if most_tokens else None
 
     def _write(self, part: _Part, rows: list[NDArray[np.float32]], mask_row: int) -> None:
         """Choose the slot's next token, and one more for each that was guessed before it."""
@@ -462,18 +472,16 @@ class Scheduler:
 
     def _settle_draft(self, slot: _Slot) -> None:
         """Take back what was guessed wrong, if something was guessed."""
-        draft, slot.draft = slot.draft, ()
-        if not draft:
+        draft, slot.draft = slot.draft, NO_DRAFT
+        drafted = len(draft.token_ids)
+        if not drafted:
             return
-        accepted = common_prefix(list(draft), slot.token_ids[slot.draft_start :])
+        accepted = common_prefix(draft.token_ids, slot.token_ids[slot.draft_start :])
         self._cache.shorten(slot.sequence, slot.draft_start + accepted)
-        self._counts.drafted_tokens += len(draft)
+        self._counts.drafted_tokens += drafted
         self._counts.accepted_draft_tokens += accepted
-        self._tell(slot.job, DraftChecked(len(draft), accepted))
-        assert slot.draft_length is not None
-        cost = self._cost
-        saving = cost.seconds_per_step / len(self._slots) + cost.seconds_per_token
-        slot.draft_length.record(len(draft), accepted, saving, cost.seconds_per_token)
+        self._tell(slot.job, DraftChecked(drafted, accepted))
+        slot.trust.record(draft.kind, drafted, accepted)
 
     def _remember_prompt(self, slot: _Slot, logits: NDArray[np.float32]) -> None:
         """Keep what comes behind a prompt, for those who wait with the same one."""
@@ -642,5 +650,5 @@ def _next_part(slot: _Slot, budget: int) -> _Part:
 
 
 def _to_batch_part(part: _Part) -> BatchPart:
-    rows = 1 + len(part.draft) if part.is_last else 0
-    return BatchPart(part.slot.sequence, [*part.token_ids, *part.draft], logits=rows)
+    rows = 1 + len(part.draft.token_ids) if part.is_last else 0
+    return BatchPart(part.slot.sequence, [*part.token_ids, *part.draft.token_ids], logits=rows)

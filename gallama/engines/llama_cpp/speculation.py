@@ -11,13 +11,13 @@ Everything here runs on the scheduler's thread.
 from __future__ import annotations
 
 import logging
-import math
 from array import array
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from gallama.engines.llama_cpp.step_cost import StepCost
 from gallama.errors import GallamaError
 from gallama.generation import State
 
@@ -45,11 +45,32 @@ class Wish:
     """The grammar at the end of `token_ids`, which a drafter clones and never changes."""
 
 
+# The kind of a draft that a model made.
+MODEL_DRAFT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A guess at the next tokens; without any there is none."""
+
+    token_ids: list[int]
+    kind: int = MODEL_DRAFT
+    """What speaks for it: a model, or that so many of the text's last tokens stood before what is guessed."""
+
+
+NO_DRAFT = Draft([])
+
+
 class Drafter(Protocol):
     """What guesses. Not one of its calls may fail: without a guess an answer goes on all the same."""
 
-    def draft(self, wishes: Sequence[Wish]) -> list[list[int]]:
-        """A draft for each wish: at most `most_tokens`, none refused by the grammar; [] without a guess."""
+    @property
+    def seconds_per_token(self) -> float:
+        """What guessing a token takes, other than checking it; 0 where that is next to nothing."""
+        ...
+
+    def draft(self, wishes: Sequence[Wish]) -> list[Draft]:
+        """A draft for each wish: at most `most_tokens`, none of them refused by the grammar."""
         ...
 
     def forget(self, key: Hashable) -> None:
@@ -96,11 +117,13 @@ def errors_end_the_draft() -> Iterator[None]:
 class NgramDrafter:
     """Looks the last tokens up in prompt and answer, and guesses what followed them there."""
 
+    seconds_per_token = 0.0
+
     def __init__(self, end_token_ids: Collection[int]) -> None:
         self._end_token_ids = frozenset(end_token_ids)
         self._indexes: dict[Hashable, _NgramIndex] = {}
 
-    def draft(self, wishes: Sequence[Wish]) -> list[list[int]]:
+    def draft(self, wishes: Sequence[Wish]) -> list[Draft]:
         return [self._draft(wish) for wish in wishes]
 
     def forget(self, key: Hashable) -> None:
@@ -112,15 +135,16 @@ class NgramDrafter:
     def close(self) -> None:
         self._indexes.clear()
 
-    def _draft(self, wish: Wish) -> list[int]:
+    def _draft(self, wish: Wish) -> Draft:
         index = self._indexes.get(wish.key)
         if index is None:
             index = self._indexes[wish.key] = _NgramIndex(wish.token_ids)
         index.catch_up()
-        draft = self._until_end(index.continuation(wish.most_tokens))
-        if wish.state is None or not draft:
-            return draft
-        return cut_to_grammar(wish.state, draft, wish.most_tokens)
+        token_ids, kind = index.continuation(wish.most_tokens)
+        token_ids = self._until_end(token_ids)
+        if wish.state is not None and token_ids:
+            token_ids = cut_to_grammar(wish.state, token_ids, wish.most_tokens)
+        return Draft(token_ids, kind)
 
     def _until_end(self, token_ids: list[int]) -> list[int]:
         """An end token is never a good guess: where it is right, nothing comes behind it."""
@@ -149,84 +173,86 @@ class _NgramIndex:
                     table[_slot(self._token_ids[place - length : place])] = place
         self._next_place = max(end, self._next_place)
 
-    def continuation(self, most_tokens: int) -> list[int]:
-        """What followed the text's last tokens before; over and over where that is still going on."""
+    def continuation(self, most_tokens: int) -> tuple[list[int], int]:
+        """What followed the text's last tokens before, and how many of those stood there too.
+
+        Over and over where that is still going on.
+        """
         for length, table in self._tables.items():
             last_tokens = self._token_ids[-length:]
             place = table[_slot(last_tokens)]  # 0: none
             if place and self._token_ids[place - length : place] == last_tokens:
                 count = min(most_tokens, _TRUSTED_TOKENS[length])
                 followed = self._token_ids[place : place + count]
-                return (followed * -(-count // len(followed)))[:count]
-        return []
+                return (followed * -(-count // len(followed)))[:count], length
+        return [], MODEL_DRAFT
 
 
 def _slot(token_ids: list[int]) -> int:
     return hash(tuple(token_ids)) & (_PLACES - 1)
 
 
-# What a text is like before anything is known about it: three guesses of four are right.
-_FIRST_RIGHT, _FIRST_WRONG = 3.0, 1.0
-# What a round of drafting is worth after the next one.
-_DECAY = 0.9
-_FIRST_LENGTH = 4
-_PAUSE_STEPS = 64
-_PROBE_LENGTH = 2
+# How often a guess is right before anything is known about a text, by what speaks for it.
+_FIRST_TRUST = {MODEL_DRAFT: 0.75, 2: 0.4, 4: 0.6, 8: 0.85, 16: 0.95}
+# As how many guesses that counts.
+_FIRST_WEIGHT = 6.0
+# What a draft says of the text after the next one, and after one that was not worth computing.
+_DECAY, _DECAY_UNUSED = 0.9, 0.98
+# In tokens of a step: what is gained by less is lost again in noise.
+_LEAST_GAIN = 0.1
 
 
-class DraftLength:
-    """How many tokens to guess next for one answer: as many as pay for themselves.
+class Trust:
+    """How far guesses are trusted in one answer: as far as they have been right, and pay for themselves.
 
-    Of a draft's tokens the k-th is right if all before it are, too: with a probability of p ** k, where p
-    is how often guesses have been right of late. It pays while that times what it saves is above its cost.
-    Where not even the first one pays there is no drafting, but for a short probe now and then: a text may
-    come to a place that is easy to guess.
+    Of a draft's tokens the k-th is right if all before it are, too: with a probability of p ** k, where p is
+    how often guesses of its kind have been right of late. Each saves a share of a step, and all of them make
+    this step longer. Where not even the best length pays, nothing is drafted; with time the text's record
+    counts less, so that a place which is easy to guess is tried again.
     """
 
-    def __init__(self, most_tokens: int) -> None:
-        self._limit = most_tokens
-        self._length = min(_FIRST_LENGTH, most_tokens)
-        self._right, self._wrong = _FIRST_RIGHT, _FIRST_WRONG
-        self._pause_steps = 0
+    def __init__(self) -> None:
+        self._counts: dict[int, tuple[float, float]] = {}
+        """By kind: guesses that were right, and drafts that ended in a wrong one."""
 
-    @property
-    def is_off(self) -> bool:
-        """Whether drafting loses on this answer, as far as is known."""
-        return self._length == 0
-
-    def most_tokens(self) -> int:
-        """Tokens to guess in this step, to be asked once a step; 0: none."""
-        if not self.is_off:
-            return self._length
-        self._pause_steps -= 1
-        return min(_PROBE_LENGTH, self._limit) if self._pause_steps < 0 else 0
-
-    def record(
-        self, drafted: int, accepted: int, saving_per_accepted: float, cost_per_drafted: float
-    ) -> None:
-        """What became of a draft; one of no tokens says nothing.
+    def best_length(
+        self, most_tokens: int, kind: int, step_tokens: int, cost: StepCost, seconds_per_token: float = 0.0
+    ) -> int:
+        """How many of a draft's tokens to compute, at most; 0: none.
 
         Args:
-            saving_per_accepted: of an accepted token, in the unit of `cost_per_drafted`; 0: not known yet.
+            step_tokens: of the step without this draft.
+            seconds_per_token: what guessing itself takes.
         """
-        assert 0 <= accepted <= drafted
-        if not drafted or not saving_per_accepted:
-            return
-        if self.is_off:
-            if accepted < drafted:
-                self._pause_steps = _PAUSE_STEPS
-                return
-            self._right, self._wrong = _FIRST_RIGHT, _FIRST_WRONG
-        self._right = self._right * _DECAY + accepted
-        self._wrong = self._wrong * _DECAY + (accepted < drafted)
-        self._length = self._paying_length(saving_per_accepted, cost_per_drafted)
-        self._pause_steps = _PAUSE_STEPS if self.is_off else 0
-
-    def _paying_length(self, saving: float, cost: float) -> int:
-        """The largest k with p ** k * saving > cost, as far as the limit."""
-        p = self._right / (self._right + self._wrong)
-        if cost >= p * saving:
+        if not cost.is_known:
             return 0
-        if cost <= p**self._limit * saving:
-            return self._limit
-        return max(1, math.floor(math.log(cost / saving) / math.log(p)))
+        alone = cost.seconds(step_tokens)
+        saving = alone / step_tokens
+        probability = self.probability(kind)
+        best, best_gain, right, chance = 0, _LEAST_GAIN * saving, 0.0, 1.0
+        for length in range(1, most_tokens + 1):
+            chance *= probability
+            right += chance
+            longer_by = cost.seconds(step_tokens + length) - alone + length * seconds_per_token
+            if right * saving - longer_by > best_gain:
+                best, best_gain = length, right * saving - longer_by
+        if not best:
+            self._decay(kind, _DECAY_UNUSED)
+        return best
+
+    def record(self, kind: int, drafted: int, accepted: int) -> None:
+        """What became of a draft."""
+        assert 0 <= accepted <= drafted
+        if drafted:
+            self._decay(kind, _DECAY)
+            right, wrong = self._counts.get(kind, (0.0, 0.0))
+            self._counts[kind] = right + accepted, wrong + (accepted < drafted)
+
+    def probability(self, kind: int) -> float:
+        """That a guess is right where those before it are."""
+        right, wrong = self._counts.get(kind, (0.0, 0.0))
+        return (right + _FIRST_WEIGHT * _FIRST_TRUST[kind]) / (right + wrong + _FIRST_WEIGHT)
+
+    def _decay(self, kind: int, factor: float) -> None:
+        right, wrong = self._counts.get(kind, (0.0, 0.0))
+        self._counts[kind] = right * factor, wrong * factor

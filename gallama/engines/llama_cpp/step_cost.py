@@ -2,53 +2,84 @@
 
 from __future__ import annotations
 
-# What a step says is worth after the next one: a text grows, and other work on the machine comes and goes.
-_DECAY = 0.95
-# Long pieces of prompts are computed another way, cheaper for each token.
-_MOST_TOKENS = 256
+import math
+from dataclasses import dataclass
+
+# How much a new step says of its size: a text grows, and other work on the machine comes and goes.
+_NEWEST = 0.2
+# One step that was held up by something else is not believed beyond this.
+_MOST_SURPRISE = 2.0
+# What was learned so many steps ago is forgotten, or one bad moment would make that size avoided for ever.
+_REMEMBERED_STEPS = 500
+
+
+@dataclass(slots=True)
+class _Size:
+    """Steps of about one size."""
+
+    tokens: float
+    seconds: float
+    last_step: int
 
 
 class StepCost:
-    """A step takes `seconds_per_step + tokens * seconds_per_token`.
+    """How long steps take, by how many tokens they have.
 
-    That is the line of least squares through the last steps.
+    Kept by size, three sizes to the next power of two, as it is no straight line: on a CPU the second token
+    costs nearly as much as the first, and the third and fourth hardly more than the second.
     """
 
     def __init__(self) -> None:
-        self.seconds_per_step = 0.0
-        self.seconds_per_token = 0.0
-        self._weight = self._tokens = self._tokens_squared = self._seconds = self._tokens_seconds = 0.0
+        self._sizes: dict[int, _Size] = {}
+        self._steps = 0
 
     @property
     def is_known(self) -> bool:
-        return self._weight > 0
+        return bool(self._sizes)
 
     def record(self, tokens: int, seconds: float) -> None:
-        """Learn from a step; the longest ones say nothing about others."""
-        if tokens > _MOST_TOKENS:
+        """Learn from a step."""
+        self._steps += 1
+        key = round(3 * math.log2(tokens))
+        size = self._sizes.get(key)
+        if size is None or self._steps - size.last_step > _REMEMBERED_STEPS:
+            self._sizes[key] = _Size(tokens, seconds, self._steps)
             return
-        self._weight = self._weight * _DECAY + 1
-        self._tokens = self._tokens * _DECAY + tokens
-        self._tokens_squared = self._tokens_squared * _DECAY + tokens * tokens
-        self._seconds = self._seconds * _DECAY + seconds
-        self._tokens_seconds = self._tokens_seconds * _DECAY + tokens * seconds
-        self._fit()
+        size.tokens += _NEWEST * (tokens - size.tokens)
+        size.seconds += _NEWEST * (min(seconds, _MOST_SURPRISE * size.seconds) - size.seconds)
+        size.last_step = self._steps
+
+    def seconds(self, tokens: int) -> float:
+        """How long a step of so many tokens takes: between the two sizes beside it, on a straight line.
+
+        Beyond the largest in proportion to it, and below the smallest as long.
+        """
+        assert self._sizes, "nothing is known"
+        below, above = self._neighbours(tokens)
+        if below is None or above is None:
+            nearest = below or above
+            assert nearest is not None
+            return nearest.seconds * max(1.0, tokens / nearest.tokens)
+        share = (tokens - below.tokens) / (above.tokens - below.tokens)
+        return below.seconds + share * (above.seconds - below.seconds)
 
     def tokens_within(self, seconds: float) -> int:
         """How many tokens a step of that length may have; 0 while nothing is known, or where none fits."""
-        if not self.is_known:
+        if not self._sizes:
             return 0
-        return max(0, int((seconds - self.seconds_per_step) / self.seconds_per_token))
+        most = 1 << 16
+        while most and self.seconds(most) > seconds:
+            most = most * 3 // 4
+        return most
 
-    def _fit(self) -> None:
-        mean_tokens, mean_seconds = self._tokens / self._weight, self._seconds / self._weight
-        variance = self._tokens_squared / self._weight - mean_tokens**2
-        covariance = self._tokens_seconds / self._weight - mean_tokens * mean_seconds
-        if variance > 0.25:
-            slope = covariance / variance
-        else:  # steps of one length only: what a token adds is as it was, or half of the step
-            slope = self.seconds_per_token or mean_seconds / mean_tokens / 2
-        # Neither a step nor a token is for nothing, whatever the noise says.
-        most = mean_seconds / mean_tokens
-        self.seconds_per_token = min(max(slope, most / 20), most)
-        self.seconds_per_step = mean_seconds - self.seconds_per_token * mean_tokens
+    def _neighbours(self, tokens: int) -> tuple[_Size | None, _Size | None]:
+        below: _Size | None = None
+        above: _Size | None = None
+        for size in self._sizes.values():
+            if self._steps - size.last_step > _REMEMBERED_STEPS:
+                continue
+            if size.tokens <= tokens and (below is None or size.tokens > below.tokens):
+                below = size
+            if size.tokens > tokens and (above is None or size.tokens < above.tokens):
+                above = size
+        return below, above

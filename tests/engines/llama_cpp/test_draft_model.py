@@ -62,6 +62,11 @@ def continued(text: list[int], count: int) -> list[int]:
     return whole[len(text) :]
 
 
+def guessed(drafter: Drafter, wishes: Sequence[Wish]) -> list[list[int]]:
+    """The tokens of a drafter's drafts."""
+    return [draft.token_ids for draft in drafter.draft(wishes)]
+
+
 def make(
     *,
     cells: int = 100_000,
@@ -85,13 +90,13 @@ def make(
 
 def test_a_draft_is_what_the_model_says_next() -> None:
     drafter, _ = make()
-    assert drafter.draft([Wish("a", [1, 2, 3], 5)]) == [continued([1, 2, 3], 5)]
+    assert guessed(drafter, [Wish("a", [1, 2, 3], 5)]) == [continued([1, 2, 3], 5)]
 
 
 def test_all_slots_are_computed_in_one_batch_for_each_place() -> None:
     drafter, kv = make()
     wishes = [Wish("a", [1, 2], 3), Wish("b", [5], 1), Wish("c", [9, 9, 9], 0), Wish("d", [7, 8], 3)]
-    assert drafter.draft(wishes) == [
+    assert guessed(drafter, wishes) == [
         continued([1, 2], 3),
         continued([5], 1),
         [],
@@ -108,8 +113,8 @@ def test_slots_side_by_side_have_the_drafts_that_each_would_have_alone() -> None
     for _ in range(60):
         keys = rng.sample("abcd", k=rng.randint(1, 4))
         wishes = [Wish(key, texts[key], rng.randrange(6)) for key in keys]
-        drafts = together.draft(wishes)
-        assert drafts == [alone[wish.key].draft([wish])[0] for wish in wishes]  # type: ignore[index]
+        drafts = guessed(together, wishes)
+        assert drafts == [guessed(alone[wish.key], [wish])[0] for wish in wishes]  # type: ignore[index]
         for wish, draft in zip(wishes, drafts, strict=True):
             assert draft == continued(wish.token_ids, wish.most_tokens)
             accepted = rng.randint(0, len(draft))
@@ -119,36 +124,36 @@ def test_slots_side_by_side_have_the_drafts_that_each_would_have_alone() -> None
 def test_what_was_guessed_right_is_not_computed_again() -> None:
     drafter, kv = make()
     text = list(range(50))
-    (draft,) = drafter.draft([Wish("a", text, 4)])
+    (draft,) = guessed(drafter, [Wish("a", text, 4)])
     assert kv.computed_tokens == 50 + 3
     text += [*draft, 5]
-    (draft,) = drafter.draft([Wish("a", text, 4)])
+    (draft,) = guessed(drafter, [Wish("a", text, 4)])
     assert kv.computed_tokens == 50 + 3 + 2 + 3
     text += [draft[0], 6]
-    assert drafter.draft([Wish("a", text, 4)]) == [continued(text, 4)]
+    assert guessed(drafter, [Wish("a", text, 4)]) == [continued(text, 4)]
     assert kv.computed_tokens == 50 + 3 + 2 + 3 + 1 + 3
 
 
 def test_the_same_text_has_the_same_draft_again() -> None:
     drafter, _ = make()
     wish = Wish("a", [1, 2, 3], 4)
-    assert drafter.draft([wish]) == drafter.draft([wish]) == [continued([1, 2, 3], 4)]
+    assert guessed(drafter, [wish]) == guessed(drafter, [wish]) == [continued([1, 2, 3], 4)]
 
 
 def test_a_draft_stops_where_the_model_is_unsure() -> None:
     drafter, _ = make(model=lambda tokens: always(UNSURE)(tokens) if len(tokens) < 5 else confident(tokens))
-    assert drafter.draft([Wish("a", [1, 2, 3], 8)]) == [[UNSURE, UNSURE]]
+    assert guessed(drafter, [Wish("a", [1, 2, 3], 8)]) == [[UNSURE, UNSURE]]
 
 
 def test_an_end_is_not_guessed() -> None:
     drafter, _ = make(model=lambda tokens: always(END)(tokens) if len(tokens) > 4 else confident(tokens))
-    assert drafter.draft([Wish("a", [1, 2, 3], 8)]) == [continued([1, 2, 3], 2)]
+    assert guessed(drafter, [Wish("a", [1, 2, 3], 8)]) == [continued([1, 2, 3], 2)]
 
 
 def test_a_long_text_is_read_in_pieces_before_it_is_drafted_for() -> None:
     drafter, kv = make()
     long, short = [1] * 300, [1, 2]
-    drafts = [drafter.draft([Wish("a", long, 2), Wish("b", short, 1)]) for _ in range(3)]
+    drafts = [guessed(drafter, [Wish("a", long, 2), Wish("b", short, 1)]) for _ in range(3)]
     assert drafts == [[[], [short_guess]] for short_guess in continued(short, 1) * 2] + [
         [continued(long, 2), continued(short, 1)]
     ]
@@ -158,38 +163,38 @@ def test_a_long_text_is_read_in_pieces_before_it_is_drafted_for() -> None:
 def test_no_batch_is_larger_than_it_may_be() -> None:
     drafter, kv = make(batch_tokens=32)
     wishes = [Wish(key, [1] * 20, 2) for key in "abcd"]
-    while not all(drafter.draft(wishes)):
+    while not all(guessed(drafter, wishes)):
         pass
-    assert drafter.draft(wishes) == [continued([1] * 20, 2)] * 4
+    assert guessed(drafter, wishes) == [continued([1] * 20, 2)] * 4
     assert max(len(batch) for batch in kv.batches) <= 32
 
 
 def test_a_text_that_does_not_fit_the_cache_has_no_draft_and_the_others_do() -> None:
     drafter, kv = make(cells=55)
     long, short = Wish("a", [1] * 50, 4), Wish("b", [2] * 10, 4)
-    assert drafter.draft([long, short]) == [[], continued(short.token_ids, 4)]
-    assert drafter.draft([long, short]) == [[], continued(short.token_ids, 4)]
+    assert guessed(drafter, [long, short]) == [[], continued(short.token_ids, 4)]
+    assert guessed(drafter, [long, short]) == [[], continued(short.token_ids, 4)]
     assert kv.used_cells < 20
     drafter.forget("a")
     drafter.forget("b")
-    assert drafter.draft([long]) == [continued(long.token_ids, 4)]
+    assert guessed(drafter, [long]) == [continued(long.token_ids, 4)]
 
 
 def test_a_failed_computation_costs_only_drafts() -> None:
     drafter, kv = make()
     wish = Wish("a", [1, 2, 3], 4)
-    drafter.draft([wish])
+    guessed(drafter, [wish])
     kv.is_broken = True
     wish.token_ids += [4, 5]
-    assert drafter.draft([wish]) == [[]]
+    assert guessed(drafter, [wish]) == [[]]
     kv.is_broken = False
-    assert drafter.draft([wish, Wish("b", [1, 2, 3], 2)]) == [[], continued([1, 2, 3], 2)]
+    assert guessed(drafter, [wish, Wish("b", [1, 2, 3], 2)]) == [[], continued([1, 2, 3], 2)]
     assert kv.filled_sequences == {0}
 
 
 def test_there_is_no_draft_beyond_the_models_context() -> None:
     drafter, _ = make(context_length=6)
-    assert [len(drafter.draft([Wish(length, [1] * length, 4)])[0]) for length in (1, 3, 5, 6, 9)] == [
+    assert [len(guessed(drafter, [Wish(length, [1] * length, 4)])[0]) for length in (1, 3, 5, 6, 9)] == [
         4,
         3,
         1,
@@ -201,22 +206,22 @@ def test_there_is_no_draft_beyond_the_models_context() -> None:
 def test_a_token_that_the_draft_model_does_not_know_ends_drafting() -> None:
     drafter, kv = make(shared_tokens=290)
     wish = Wish("a", [1, 2, 295], 4)
-    assert drafter.draft([wish]) == [[]]
+    assert guessed(drafter, [wish]) == [[]]
     assert kv.computed_tokens == 0
 
 
 def test_tokens_that_only_the_draft_model_has_are_not_guessed() -> None:
     drafter, _ = make(shared_tokens=200, model=always(250))
-    assert drafter.draft([Wish("a", [1], 4)]) == [[]]
+    assert guessed(drafter, [Wish("a", [1], 4)]) == [[]]
 
 
 def test_the_next_turn_finds_what_an_ended_slot_has_read() -> None:
     drafter, kv = make()
     text = list(range(60))
-    drafter.draft([Wish("a", text, 1)])
+    guessed(drafter, [Wish("a", text, 1)])
     drafter.forget("a")
     drafter.forget("never seen")
-    drafter.draft([Wish("b", [*text, 5, 6], 1)])
+    guessed(drafter, [Wish("b", [*text, 5, 6], 1)])
     assert kv.computed_tokens == 60 + 2
 
 
@@ -245,7 +250,7 @@ def test_a_draft_follows_the_grammar_and_forced_tokens_need_no_batch(
     )
     state = city(b'{"name_of_the_city":"')
     text = byte_vocabulary.encode(b'{"name_of_the_city":"')
-    (draft,) = drafter.draft([Wish("a", text, 16, state)])
+    (draft,) = guessed(drafter, [Wish("a", text, 16, state)])
     assert draft == byte_vocabulary.encode(b'London","visitors":')[:16]
     assert len(kv.batches) == 1
     assert state.accepts(draft) == len(draft) == 16
@@ -254,7 +259,7 @@ def test_a_draft_follows_the_grammar_and_forced_tokens_need_no_batch(
 def test_nothing_is_guessed_behind_a_finished_answer(city: Callable[[bytes], State]) -> None:
     drafter, _ = make(model=always(ord("1")))
     whole = b'{"name_of_the_city":"Paris","visitors":12}'
-    assert drafter.draft([Wish("a", [1, 2], 4, city(whole))]) == [[]]
+    assert guessed(drafter, [Wish("a", [1, 2], 4, city(whole))]) == [[]]
 
 
 def test_a_vocabulary_is_shared_with_one_of_the_same_tokens(byte_vocabulary: Vocabulary) -> None:
@@ -335,10 +340,10 @@ def test_a_real_model_drafts_for_two_texts_at_once_as_for_each_alone(target: Tar
     prompts = [target.model.tokenize(text.encode(), parse_control_tokens=False) for text in texts]
     drafter = target.drafter(draft_model_id=str(target.path))
     assert drafter is not None
-    alone = [drafter.draft([Wish(number, prompt, 6)])[0] for number, prompt in enumerate(prompts)]
+    alone = [guessed(drafter, [Wish(number, prompt, 6)])[0] for number, prompt in enumerate(prompts)]
     for number in range(2):
         drafter.forget(number)
-    together = drafter.draft([Wish(number + 2, prompt, 6) for number, prompt in enumerate(prompts)])
+    together = guessed(drafter, [Wish(number + 2, prompt, 6) for number, prompt in enumerate(prompts)])
     drafter.close()
     assert together == alone
     said = [b"".join(target.vocabulary.tokens[token] for token in draft) for draft in alone]

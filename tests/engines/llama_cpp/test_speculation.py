@@ -8,7 +8,15 @@ import pytest
 from gallama.constraints import AnswerSpec, LLGuidanceBackend, admit_constraints
 from gallama.conversation import Constraint
 from gallama.engines.llama_cpp import speculation
-from gallama.engines.llama_cpp.speculation import DraftLength, NgramDrafter, Wish, cut_to_grammar
+from gallama.engines.llama_cpp.speculation import (
+    MODEL_DRAFT,
+    Drafter,
+    NgramDrafter,
+    Trust,
+    Wish,
+    cut_to_grammar,
+)
+from gallama.engines.llama_cpp.step_cost import StepCost
 from gallama.errors import ConstraintFailed
 from gallama.generation import State, Vocabulary
 
@@ -22,9 +30,14 @@ CITY_SCHEMA = {
 CITY = b'{"name_of_the_city":"Paris","visitors":12}'
 
 
+def guessed(drafter: Drafter, wishes: Sequence[Wish]) -> list[list[int]]:
+    """The tokens of a drafter's drafts."""
+    return [draft.token_ids for draft in drafter.draft(wishes)]
+
+
 def guess(text: Sequence[int], most_tokens: int = 16, state: State | None = None) -> list[int]:
     """What a drafter that has never seen the text guesses next."""
-    (draft,) = NgramDrafter([END]).draft([Wish("a", list(text), most_tokens, state)])
+    (draft,) = guessed(NgramDrafter([END]), [Wish("a", list(text), most_tokens, state)])
     return draft
 
 
@@ -93,7 +106,7 @@ def test_a_growing_text_is_guessed_like_one_seen_at_once() -> None:
         drafter, drafts = NgramDrafter([END]), 0
         while len(text) < 300:
             text += [rng.randrange(4) for _ in range(rng.choice((1, 1, 1, 2, 30)))]
-            (draft,) = drafter.draft([Wish("a", text, 8)])
+            (draft,) = guessed(drafter, [Wish("a", text, 8)])
             drafts += bool(draft)
             assert draft == guess(text, 8) == looked_up(text, 8)
         assert drafts > 10
@@ -102,16 +115,16 @@ def test_a_growing_text_is_guessed_like_one_seen_at_once() -> None:
 def test_texts_side_by_side_do_not_mix() -> None:
     drafter = NgramDrafter([END])
     wishes = [Wish("a", [1, 2, 3, 4, 50, 1, 2, 3, 4], 1), Wish("b", [1, 2, 3, 4, 60, 1, 2, 3, 4], 1)]
-    assert drafter.draft(wishes) == [[50], [60]]
-    assert drafter.draft(wishes[::-1]) == [[60], [50]]
+    assert guessed(drafter, wishes) == [[50], [60]]
+    assert guessed(drafter, wishes[::-1]) == [[60], [50]]
 
 
 def test_a_forgotten_slot_begins_anew() -> None:
     drafter = NgramDrafter([END])
-    drafter.draft([Wish("a", [1, 2, 3, 4, 50, 1, 2, 3, 4], 1)])
+    guessed(drafter, [Wish("a", [1, 2, 3, 4, 50, 1, 2, 3, 4], 1)])
     drafter.forget("a")
     drafter.forget("never seen")
-    assert drafter.draft([Wish("a", [1, 2, 3, 4, 60, 1, 2, 3, 4], 1)]) == [[60]]
+    assert guessed(drafter, [Wish("a", [1, 2, 3, 4, 60, 1, 2, 3, 4], 1)]) == [[60]]
 
 
 def test_the_memory_of_an_index_does_not_grow_with_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +137,7 @@ def test_the_memory_of_an_index_does_not_grow_with_its_text(monkeypatch: pytest.
     for _ in range(300):  # what was overwritten is not found, and nothing wrong is
         text.append(rng.randrange(50))
         index.catch_up()
-        if draft := index.continuation(1):
+        if draft := index.continuation(1)[0]:
             assert any(text[place - 2 : place] == text[-2:] for place in range(2, len(text)))
             assert draft[0] in text
 
@@ -133,7 +146,7 @@ def test_a_long_text_is_taken_in_over_several_steps(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(speculation, "_INDEXED_PER_STEP", 10)
     drafter = NgramDrafter([END])
     wish = Wish("a", [*range(100, 130), *range(120, 124)], 2)
-    drafts = [drafter.draft([wish])[0] for _ in range(4)]
+    drafts = [guessed(drafter, [wish])[0] for _ in range(4)]
     assert drafts == [[], [], [124, 125], [124, 125]]
 
 
@@ -217,82 +230,72 @@ def test_an_ngram_draft_follows_the_grammar(
     assert draft == byte_vocabulary.encode(b'aris","v')
 
 
-def record(length: DraftLength, drafted: int, accepted: int, *, cost: float = 0.1) -> None:
-    length.record(drafted, accepted, saving_per_accepted=1.0, cost_per_drafted=cost)
+def costs(seconds: dict[int, float]) -> StepCost:
+    cost = StepCost()
+    for tokens, each in seconds.items():
+        cost.record(tokens, each)
+    return cost
 
 
-def test_drafts_grow_while_they_are_right_and_shrink_when_they_are_wrong() -> None:
-    length = DraftLength(16)
-    lengths = [length.most_tokens()]
-    for _ in range(8):
-        record(length, lengths[-1], lengths[-1])
-        lengths.append(length.most_tokens())
-    assert lengths == sorted(lengths)
-    assert (lengths[0], lengths[-1]) == (4, 16)
-    for _ in range(30):  # one of two
-        record(length, 2, 1)
-    assert 1 <= length.most_tokens() <= 4
+# A GPU reads the whole model for one token, and twenty more cost nothing.
+GPU = {1: 0.010, 20: 0.0105}
+# A CPU as measured: the second token costs nearly as much as the first.
+CPU = {1: 0.0075, 2: 0.0136, 3: 0.0193, 4: 0.0213, 5: 0.027, 6: 0.029, 8: 0.035, 12: 0.05, 16: 0.069}
 
 
-def test_a_limit_below_the_first_length_is_kept() -> None:
-    length = DraftLength(1)
-    assert length.most_tokens() == 1
-    record(length, 1, 1)
-    assert length.most_tokens() == 1
+def settle(trust: Trust, kind: int, seconds: dict[int, float], *, right: float) -> list[int]:
+    """The lengths of 60 drafts, of whose tokens a share is right, one after the other."""
+    rng, cost, lengths = random.Random(0), costs(seconds), []
+    for _ in range(60):
+        length = trust.best_length(16, kind, 1, cost)
+        accepted = next((place for place in range(length) if rng.random() > right), length)
+        trust.record(kind, length, accepted)
+        lengths.append(length)
+    return lengths
 
 
-def test_drafting_stops_where_it_loses() -> None:
-    length = DraftLength(16)
-    while not length.is_off:
-        record(length, length.most_tokens(), 0)
-    assert length.most_tokens() == 0
+def test_long_drafts_pay_where_they_cost_next_to_nothing() -> None:
+    assert settle(Trust(), 16, GPU, right=1.0)[0] == 16
+    assert min(settle(Trust(), 4, GPU, right=0.6)[20:]) >= 2
 
 
-def test_what_is_worth_drafting_depends_on_its_cost() -> None:
-    cheap, dear, hopeless = DraftLength(16), DraftLength(16), DraftLength(16)
-    for _ in range(50):
-        record(cheap, 4, 3, cost=0.05)
-        record(dear, 4, 3, cost=0.6)
-        record(hopeless, 4, 3, cost=0.9)
-    assert cheap.most_tokens() > dear.most_tokens() > hopeless.most_tokens() == 0
+def test_on_a_cpu_only_what_is_nearly_sure_pays() -> None:
+    assert settle(Trust(), 4, CPU, right=0.6) == [0] * 60
+    assert settle(Trust(), 16, CPU, right=1.0)[-1] == 16
 
 
-def test_nothing_is_concluded_while_costs_are_unknown() -> None:
-    length = DraftLength(16)
+def test_drafting_ends_by_itself_where_it_loses() -> None:
+    lengths = settle(Trust(), 16, CPU, right=0.5)
+    assert lengths[0] > 0
+    assert sum(length > 0 for length in lengths[10:]) <= 5, "now and then it is tried again"
+
+
+def test_a_place_that_is_easy_to_guess_is_tried_again() -> None:
+    trust = Trust()
+    settle(trust, 16, CPU, right=0.0)
+    assert settle(trust, 16, CPU, right=1.0)[-1] == 16
+
+
+def test_many_answers_at_once_leave_little_to_gain_on_a_cpu() -> None:
+    lengths = [Trust().best_length(16, 16, at_once, costs(CPU)) for at_once in (1, 8, 16)]
+    assert lengths[0] > 2 * lengths[1] > lengths[2] == 0
+
+
+def test_what_guessing_takes_counts() -> None:
+    cost = costs(GPU)
+    lengths = [Trust().best_length(8, MODEL_DRAFT, 1, cost, seconds) for seconds in (0.0, 0.001, 0.005, 0.05)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == 8
+    assert lengths[-1] == 0
+
+
+def test_nothing_is_drafted_while_costs_are_unknown() -> None:
+    assert Trust().best_length(16, 16, 1, StepCost()) == 0
+
+
+def test_each_kind_of_guess_has_its_own_record() -> None:
+    trust = Trust()
     for _ in range(20):
-        length.record(4, 0, saving_per_accepted=0.0, cost_per_drafted=0.0)
-    assert length.most_tokens() == 4
-
-
-def test_after_a_pause_one_short_draft_is_tried() -> None:
-    length = switched_off()
-    pause = [length.most_tokens() for _ in range(64)]
-    assert pause == [0] * 64
-    assert length.most_tokens() == 2
-    record(length, 2, 1)
-    assert [length.most_tokens() for _ in range(65)] == [0] * 64 + [2]
-
-
-def test_the_trial_waits_for_a_guess() -> None:
-    length = switched_off()
-    for _ in range(65):
-        length.most_tokens()
-    for _ in range(5):
-        record(length, 0, 0)
-        assert length.most_tokens() == 2
-
-
-def test_a_trial_that_is_right_switches_drafting_on_again() -> None:
-    length = switched_off()
-    for _ in range(65):
-        length.most_tokens()
-    record(length, 2, 2)
-    assert not length.is_off
-    assert length.most_tokens() >= 4
-
-
-def switched_off() -> DraftLength:
-    length = DraftLength(16)
-    while not length.is_off:
-        record(length, 4, 0)
-    return length
+        trust.record(2, 3, 0)
+    assert trust.probability(2) < 0.2
+    assert trust.probability(16) == Trust().probability(16)
