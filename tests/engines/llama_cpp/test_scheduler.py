@@ -264,6 +264,14 @@ def test_an_answer_that_is_forced_as_a_whole_needs_no_computation(board: Board) 
     assert board.kv.batches == []
 
 
+def test_what_is_forced_behind_a_prompt_is_read_with_it(board: Board) -> None:
+    state = Runs([[1, 2, 3], [4]])
+    state._choices = 0  # the first run comes at once
+    answer, end = board.answer(board.submit(request([5, 6], state=state)))
+    assert (answer[:3], len(answer), end) == ([1, 2, 3], 6, "stop")
+    assert [len(batch) for batch in board.kv.batches] == [2 + 3, 1], "and the last run is not computed at all"
+
+
 @pytest.mark.parametrize(("cells", "shares_cells"), [(70, True), (120, True), (ENDLESS, True), (70, False)])
 @pytest.mark.parametrize("batch_tokens", [8, 64])
 def test_answers_do_not_depend_on_company_cancellations_or_room(
