@@ -19,6 +19,7 @@ from gallama.constraints import (
     thinking_template,
 )
 from gallama.conversation import Guarantee
+from gallama.engines.llama_cpp.options import LlamaCppOptions
 
 ROOT = Path(__file__).parents[1]
 LIFE = (ROOT / "docs/life_of_a_request.md").read_text()
@@ -92,3 +93,13 @@ def test_the_guarantees_document_names_every_field_and_every_unenforceable_keywo
     fields = [field.name for field in msgspec.structs.fields(Guarantee)]
     missing = [name for name in (*fields, *llguidance.UNENFORCEABLE) if f"`{name}`" not in document]
     assert missing == []
+
+
+def test_the_settings_of_llama_cpp_are_explained_with_their_defaults() -> None:
+    document = (ROOT / "docs/llama_cpp_settings.md").read_text()
+    rows = dict(re.findall(r"^\| (`.+?`) \| (.+?) \|", document, re.MULTILINE))
+    explained = {key: default for keys, default in rows.items() for key in re.findall(r"`(\w+)`", keys)}
+    assert explained.keys() == LlamaCppOptions.model_fields.keys()
+    for key, field in LlamaCppOptions.model_fields.items():
+        if isinstance(field.default, int):  # else the model or the machine decides
+            assert explained[key] == str(field.default).lower(), key

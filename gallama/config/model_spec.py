@@ -208,7 +208,8 @@ class ModelSpec(ConfigModel):
     """How to sample where a request is silent: temperature, top_p, top_k, min_p, repetition_penalty,
     frequency_penalty, presence_penalty."""
     backend_extra_args: Annotated[ExtraArguments, Field(examples=[{"n_batch": 512}])] = {}
-    """Arguments for the engine's loader; it refuses those that it does not know."""
+    """Arguments for the engine's loader; it refuses those that it does not know. Those of llama_cpp stand in
+    docs/llama_cpp_settings.md."""
     python: Annotated[Text | None, Field(examples=["/path/to/venv/bin/python"])] = None
     """The Python interpreter of the worker, for an engine with an environment of its own."""
     tp: bool = False
