@@ -146,8 +146,7 @@ def _shares_cells(
     slots = spec.max_concurrent_requests
     needed = slots * _round_up(context_length)
     if options.kv_unified is None:
-        # Drafts make the slots' shares of a batch uneven, which divided cells are slow with.
-        return must_share or cells < needed or spec.speculation != "off"
+        return must_share or cells < needed
     if options.kv_unified:
         return True
     if must_share:

@@ -405,7 +405,8 @@ class Scheduler:
         for slot, most_tokens in zip(writers, self._shares(writers), strict=True):
             parts.append(_next_part(slot, min(most_tokens, budget)))
             budget -= len(parts[-1].token_ids)
-        if self._drafter is not None:
+        if self._drafter is not None and (self._cache.shares_cells or len(parts) == 1):
+            # Beside others with cells of their own, a draft would be computed in steps of its own.
             parts = self._with_drafts(parts, budget)
             budget -= sum(len(part.draft.token_ids) for part in parts)
         if writers:
