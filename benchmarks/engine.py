@@ -6,8 +6,8 @@ peer, compiled with the same flags, with as many threads, slots and tokens of co
 
 - free: free text of 160 tokens.
 - json: a person that a schema describes. The peer indents, gallama writes compact JSON.
-- tool: a call that must be made. The peer gets a Hermes template, as it ignores `tools` with SmolLM2's own, and
-  a schema of the call: with `tool_choice` "required" it lets SmolLM2 write prose, and no call ever comes.
+- tool: a call that must be made. The peer gets a Hermes template, as it ignores `tools` with SmolLM2's own,
+  and a schema of the call: `tool_choice` "required" lets SmolLM2 write prose there, and no call ever comes.
 - thinking: a thinking template. The peer has none.
 - prefix: a long prefix that all prompts share and that both have read before; other questions in each round.
 
@@ -33,8 +33,7 @@ from typing import Any
 import httpx
 
 from benchmarks.load import PEER_REQUESTS, REQUESTS, Answer, ask_all, is_valid, new_client
-from benchmarks.servers import TOOL_TEMPLATE, model_path, serving_gallama, serving_peer, settings
-from gallama.engines.llama_cpp import bindings
+from benchmarks.servers import TOOL_TEMPLATE, serving_gallama, serving_peer, settings, token_counter
 
 OURS, WITHOUT, PEER = "ours", "without", "peer"
 JUMPING = ("json", "tool", "thinking")
@@ -204,12 +203,6 @@ async def each(
         for count in at_once:
             for kind in kinds:
                 yield kind, count, client
-
-
-def token_counter() -> Callable[[str], int]:
-    bindings.initialize()
-    model = bindings.NativeModel(model_path(), bindings.ModelOptions(gpu_layers=0))
-    return lambda text: len(model.tokenize(text.encode(), parse_control_tokens=False))
 
 
 def print_head() -> None:

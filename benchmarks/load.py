@@ -115,7 +115,7 @@ def thinking_request(model: str, number: int) -> Body:
 
 
 def prefix_request(model: str, number: int) -> Body:
-    return chat(model, f"{BACKGROUND}Question {number}: what does it eat?", 32)
+    return chat(model, f"{BACKGROUND}Question {number}: what does it eat?", 16)
 
 
 REQUESTS: Mapping[str, Callable[[str, int], Body]] = {
@@ -152,6 +152,9 @@ class Answer:
     first_piece: str
     """That text: a run which a grammar forced comes as one piece."""
     completion_tokens: int
+    guessed_right: int = 0
+    """Tokens of the answer that were guessed ahead."""
+    guessed_wrong: int = 0
     content: str = ""
     thinking: str = ""
     arguments: str = ""
@@ -212,7 +215,8 @@ def read_answer(seconds: float, lines: Sequence[tuple[float, str]]) -> Answer:
     Args:
         lines: each line of the stream, and when it came, in seconds.
     """
-    tokens, pieces = 0, []
+    usage: Json = {}
+    pieces = []
     texts = {"content": "", "thinking": "", "arguments": ""}
     for moment, line in lines:
         if not line.startswith("data: ") or line == "data: [DONE]":
@@ -220,20 +224,23 @@ def read_answer(seconds: float, lines: Sequence[tuple[float, str]]) -> Answer:
         chunk = json.loads(line[6:])
         if "error" in chunk:
             raise RuntimeError(f"the answer ended in an error: {chunk['error']}")
-        tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+        usage = chunk.get("usage") or usage
         for choice in chunk["choices"]:
             parts = _texts(choice["delta"])
             for name, text in parts.items():
                 texts[name] += text
             if any(parts.values()):
                 pieces.append((moment, "".join(parts.values())))
+    details = usage.get("completion_tokens_details") or {}
     (first_moment, first_piece), (last_moment, _) = pieces[0], pieces[-1]
     return Answer(
         seconds=seconds,
         first_piece_seconds=first_moment,
         last_piece_seconds=last_moment,
         first_piece=first_piece,
-        completion_tokens=tokens,
+        completion_tokens=usage["completion_tokens"],
+        guessed_right=details.get("accepted_prediction_tokens", 0),
+        guessed_wrong=details.get("rejected_prediction_tokens", 0),
         **texts,
     )
 

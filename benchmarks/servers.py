@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import httpx
 
 from gallama.catalog import resolve_model
 from gallama.config import ServerConfig
+from gallama.engines.llama_cpp import bindings
 from gallama.engines.llama_cpp.processor_cores import usable_cores
 
 FOLDER = Path(__file__).parent
@@ -43,6 +44,13 @@ class Server:
 
 def model_path() -> Path:
     return resolve_model({"model_id": MODEL}, ServerConfig()).path
+
+
+def token_counter() -> Callable[[str], int]:
+    """Counts the tokens of a text as the benchmarks' model cuts it."""
+    bindings.initialize()
+    model = bindings.NativeModel(model_path(), bindings.ModelOptions(gpu_layers=0))
+    return lambda text: len(model.tokenize(text.encode(), parse_control_tokens=False))
 
 
 def settings(slots: int, **more: Any) -> dict[str, Any]:
