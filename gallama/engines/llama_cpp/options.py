@@ -141,7 +141,7 @@ def _shares_cells(
 ) -> bool:
     """Whether the slots share the cache's cells; where it has enough for all, each has its own.
 
-    A step is shorter so: no token is compared with the cells of others. docs/decisions/0013 has the figures.
+    A step is shorter so: no token is compared with the cells of others. docs/decisions/0015 has the figures.
     """
     slots = spec.max_concurrent_requests
     needed = slots * _round_up(context_length)

@@ -209,7 +209,7 @@ class Scheduler:
         """Run `warm_up` on the scheduler's thread, then jobs.
 
         No other thread may ever compute: OpenMP keeps threads for each that did, and once there are more of
-        them than cores they sleep between any two operations, which costs a third of the speed.
+        them than cores they sleep between any two operations, which costs a quarter of the speed.
 
         Raises:
             DecodeFailed: or whatever else `warm_up` raises.
