@@ -1,14 +1,18 @@
-"""What flash attention costs or gives on this machine: python benchmarks/flash_attention.py, on a quiet one.
+"""What flash attention costs or gives on this machine: python benchmarks/flash_attention.py [--json FILE]
 
 Prints, for some lengths of context, how many times as fast reading a prompt and writing an answer are with
-it as without it: medians of three rounds, both in one run. Source of the figures in docs/decisions/0003.
+it as without it: medians of three rounds, both in one run, on a quiet machine. Source of the figures in
+docs/decisions/0003.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
 import statistics
 import time
+from pathlib import Path
 
 from gallama.catalog import resolve_model
 from gallama.config import ServerConfig
@@ -42,6 +46,10 @@ async def measure(engine: Engine, length: int) -> tuple[float, float]:
 
 
 async def main() -> None:
+    parser = argparse.ArgumentParser(description="What flash attention costs or gives on this machine.")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    options = parser.parse_args()
+    figures = []
     without, with_it = load(False), load(True)
     print("context  reading  writing   (speed with flash attention / without)")
     for length in CONTEXT_LENGTHS:
@@ -49,8 +57,11 @@ async def main() -> None:
         reading = statistics.median(slow[0] / fast[0] for slow, fast in rounds)
         writing = statistics.median(slow[1] / fast[1] for slow, fast in rounds)
         print(f"{length:7d}  {reading:7.2f}  {writing:7.2f}", flush=True)
+        figures.append({"context_tokens": length, "reading": reading, "writing": writing})
     await without.close()
     await with_it.close()
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
