@@ -22,6 +22,7 @@ BENCHMARKS = (
     "start_up",
     "threads",
     "flash_attention",
+    "kv_layout",
     "memory",
 )
 
