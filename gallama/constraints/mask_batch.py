@@ -19,10 +19,10 @@ class MaskBatch:
     Used by one thread.
     """
 
-    def __init__(self, vocabulary_size: int, most_sequences: int) -> None:
+    def __init__(self, vocabulary_size: int, most_sequences: int, *, threads: int) -> None:
         self._masks = np.zeros((most_sequences, (vocabulary_size + 31) // 32), dtype=np.int32)
         self._computed: list[bool] = []
-        self._executor = llguidance.LLExecutor()
+        self._executor = llguidance.LLExecutor(num_threads=threads)
 
     def compute(self, states: Sequence[State | None]) -> None:
         """Begin a step with one state for each sequence; None: it is not constrained."""

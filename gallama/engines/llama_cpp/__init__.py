@@ -81,6 +81,7 @@ class LlamaCppEngine:
             target_options=model_options(spec, options),
             context_options=for_context,
             context_length=self.context_length,
+            shelf_tokens=_shelf_tokens(options, for_context),
         )
         if self._drafter is not None:
             opened.callback(self._drafter.close)
@@ -93,13 +94,12 @@ class LlamaCppEngine:
     def _new_scheduler(
         self, spec: ModelSpec, options: LlamaCppOptions, for_context: bindings.ContextOptions
     ) -> Scheduler:
-        shelf_tokens = for_context.cells if options.shelf_tokens is None else options.shelf_tokens
         cache = SequenceCache(
             self._context,
             sequences=for_context.sequences,
             can_forget_partly=self._model.can_forget_partly,
             has_window=self._model.has_window,
-            shelf_tokens=shelf_tokens,
+            shelf_tokens=_shelf_tokens(options, for_context),
         )
         scheduler_options = SchedulerOptions(
             slots=spec.max_concurrent_requests,
@@ -190,6 +190,10 @@ class LlamaCppEngine:
         if self._drafter is not None:
             self._drafter.draft([Wish("warm-up", [token], 1)])
             self._drafter.forget("warm-up")
+
+
+def _shelf_tokens(options: LlamaCppOptions, for_context: bindings.ContextOptions) -> int:
+    return for_context.cells if options.shelf_tokens is None else options.shelf_tokens
 
 
 class _TextAssembler:

@@ -40,6 +40,10 @@ _GGML_LOG_CONTINUED = 5
 _EXPECTED = ("failed to find", "failed to restore kv cache", "error loading state")
 
 
+# Architectures whose cache refuses to drop or to copy a part of a sequence, though they have no state.
+_WITH_COMPRESSED_CACHE = ("deepseek4",)
+
+
 class KvCacheFull(Exception):
     """The batch does not fit the KV cache; nothing was computed."""
 
@@ -132,12 +136,19 @@ class NativeModel:
         self.trained_context_length: int = lib.llama_model_n_ctx_train(self._pointer)
         self.chat_template = (lib.llama_model_chat_template(self._pointer, None) or b"").decode()
         self.can_forget_partly = not (
-            lib.llama_model_is_recurrent(self._pointer) or lib.llama_model_is_hybrid(self._pointer)
+            lib.llama_model_is_recurrent(self._pointer)
+            or lib.llama_model_is_hybrid(self._pointer)
+            or self._architecture() in _WITH_COMPRESSED_CACHE
         )
         """Whether the end of a sequence can be dropped: not so where a state sums up all that was read."""
 
         self.has_window: bool = lib.llama_model_n_swa(self._pointer) > 0
         """Whether some layers look back only so far, and a snapshot holds no more of them than that."""
+
+    def _architecture(self) -> str:
+        name = ctypes.create_string_buffer(64)
+        lib.llama_model_meta_val_str(self._pointer, b"general.architecture", name, len(name))
+        return name.value.decode(errors="replace")
 
     @property
     def pointer(self) -> Any:
@@ -362,8 +373,9 @@ class NativeContext:
         self.decode(zero, zero, np.array([token], dtype=np.int32), np.ones(1, dtype=np.int8))
         self.clear()
 
-    def clear(self) -> None:
-        lib.llama_memory_clear(self._memory, True)
+    def clear(self, *, zero: bool = True) -> None:
+        """Empty the cache; overwriting what was in it takes as long as the cache is large."""
+        lib.llama_memory_clear(self._memory, zero)
 
     def close(self) -> None:
         lib.llama_free(self._pointer)

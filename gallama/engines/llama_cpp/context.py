@@ -6,6 +6,7 @@ new: in the cache while it costs nothing there, then on a shelf, outside of what
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gallama.engines.llama_cpp.bindings import KvCacheFull
+
+logger = logging.getLogger(__name__)
 
 # A copied prefix shorter than this saves less than it costs to keep another sequence around.
 MIN_SHARED_TOKENS = 4
@@ -48,7 +51,7 @@ class Kv(Protocol):
     def copy(self, source: int, target: int, length: int) -> None: ...
     def save(self, sequence: int) -> NDArray[np.uint8]: ...
     def restore(self, sequence: int, snapshot: NDArray[np.uint8]) -> None: ...
-    def clear(self) -> None: ...
+    def clear(self, *, zero: bool = True) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +105,7 @@ class SequenceCache:
         """
         assert kv.shares_cells or (can_forget_partly and not has_window)
         self._kv = kv
-        self._can_forget_partly = can_forget_partly
+        self.can_forget_partly = can_forget_partly
         self._has_window = has_window
         self._sequences = [CachedSequence(id=number) for number in range(sequences)]
         self._shelf = _Shelf(shelf_tokens, keeps_prefixes=has_window or not can_forget_partly)
@@ -119,12 +122,19 @@ class SequenceCache:
 
     def fork(self, source: CachedSequence, length: int) -> CachedSequence:
         """A sequence to work on that holds the first `length` tokens of another, the last one too."""
-        assert self._can_forget_partly
+        assert self.can_forget_partly
         return self._start(source, length)
 
     def shared_tokens(self, token_ids: list[int]) -> int:
         """How many tokens `acquire` would find."""
         return self._longest_prefix(token_ids)[1]
+
+    def shared_with_busy(self, busy: list[int], token_ids: list[int]) -> int:
+        """How many of `token_ids` a sequence at work will share that has read all of `busy`."""
+        length = min(common_prefix(busy, token_ids), len(token_ids) - 1)
+        is_copied_at_once = self._kv.shares_cells
+        pays = is_copied_at_once or length * _MOST_COPIED_PER_SHARED >= len(busy)
+        return length if self.can_forget_partly and pays else 0
 
     def shorten(self, sequence: CachedSequence, length: int) -> None:
         """Forget what of a sequence stands behind its first `length` tokens."""
@@ -147,7 +157,7 @@ class SequenceCache:
         """Leave the cache as empty as it was at first, while nobody works."""
         for sequence in self._filled_idle():
             self._shelve(sequence)
-        self._kv.clear()
+        self._kv.clear(zero=False)
 
     def discard_all(self) -> None:
         """Forget what is in the cache, after a failed computation."""
@@ -215,7 +225,7 @@ class SequenceCache:
     def _reusable(self, source: CachedSequence | _ShelvedSequence, token_ids: list[int]) -> int:
         length = min(common_prefix(source.token_ids, token_ids), len(token_ids) - 1)
         is_whole, is_busy = length == len(source.token_ids), _is_busy(source)
-        if not self._can_forget_partly:
+        if not self.can_forget_partly:
             return length if is_whole and not is_busy else 0
         if length < source.least_tokens:
             return 0
@@ -310,7 +320,10 @@ class SequenceCache:
     def _shelve(self, sequence: CachedSequence) -> None:
         """Empty an idle sequence, and keep what it held if that is worth it."""
         if self._shelf.wants(sequence.token_ids):
-            self._shelf.add(self._snapshot(sequence))
+            try:
+                self._shelf.add(self._snapshot(sequence))
+            except (MemoryError, AssertionError):  # it was kept only to save time
+                logger.exception("a sequence of %d tokens could not be kept", len(sequence.token_ids))
         self._empty(sequence)
 
     def _empty(self, sequence: CachedSequence) -> None:

@@ -53,6 +53,7 @@ def load_drafter(
     target_options: ModelOptions,
     context_options: ContextOptions,
     context_length: int,
+    shelf_tokens: int = 0,
 ) -> Drafter | None:
     """What guesses tokens for a model, as its spec says; None: nothing does.
 
@@ -61,6 +62,7 @@ def load_drafter(
         target_options: how the target was loaded; the draft model is loaded alike where the spec is silent.
         context_options: those of the target's context.
         context_length: tokens that one text may have.
+        shelf_tokens: of finished texts, kept in the machine's memory beside the draft model's cache.
 
     Raises:
         InvalidConfig: the models cannot work together, or the draft model is to be loaded in a way that
@@ -82,14 +84,19 @@ def load_drafter(
     model = NativeModel(Path(spec.draft_model_id), _draft_model_options(spec, target_options))
     logger.info("drafting with %s", spec.draft_model_name or spec.draft_model_id)
     try:
-        return _draft_with(model, spec, vocabulary, options, context_length)
+        return _draft_with(model, spec, vocabulary, options, context_length, shelf_tokens)
     except GallamaError:
         model.close()
         raise
 
 
 def _draft_with(
-    model: NativeModel, spec: ModelSpec, vocabulary: Vocabulary, options: ContextOptions, context_length: int
+    model: NativeModel,
+    spec: ModelSpec,
+    vocabulary: Vocabulary,
+    options: ContextOptions,
+    context_length: int,
+    shelf_tokens: int,
 ) -> ModelDrafter:
     name = spec.draft_model_name or spec.draft_model_id
     if not model.can_forget_partly:
@@ -116,7 +123,7 @@ def _draft_with(
             sequences=options.sequences,
             can_forget_partly=True,
             has_window=model.has_window,
-            shelf_tokens=options.cells,
+            shelf_tokens=shelf_tokens,
         ),
         vocabulary_size=len(vocabulary.tokens),
         shared_tokens=shared,
@@ -222,7 +229,7 @@ class ModelDrafter:
     ) -> None:
         """
         Args:
-            cache: the draft model's, with more sequences than there are slots.
+            cache: the draft model's, with at least as many sequences as there are slots.
             vocabulary_size: tokens of the target, which grammars are made for.
             shared_tokens: how many of them, from the first on, the draft model knows.
             context_length: the longest text, draft included, that the draft model is asked about.

@@ -126,8 +126,9 @@ class _Slot:
 class _ReadPrompt:
     """A prompt that has just been read, while others with the same one wait: they start where it ends."""
 
+    request: GenerationRequest
     token_ids: list[int]
-    """With what the grammar forced behind it."""
+    """The prompt, with what the grammar forced behind it."""
     sequence: CachedSequence
     logits: NDArray[np.float32]
 
@@ -198,7 +199,7 @@ class Scheduler:
         self._room_was_freed = False
         self._updates: list[tuple[Job, Update]] = []
         self._candidates = Candidates(options.vocabulary_size)
-        self._masks = MaskBatch(options.vocabulary_size, options.slots)
+        self._masks = MaskBatch(options.vocabulary_size, options.slots, threads=self._threads)
         self._cost = StepCost()
         self._counts = Counts()
         self._read_prompt: _ReadPrompt | None = None
@@ -305,13 +306,16 @@ class Scheduler:
             else:
                 self._guard(partial(self._start_job, job), partial(self._tell, job))
         self._waiting.extendleft(reversed(held_back))
+        found = self._read_prompt
+        if found is not None and not any(_repeats_as(found.request, job.request) for job in self._waiting):
+            self._read_prompt = None
 
     def _gains_by_waiting(self, job: Job) -> bool:
         prompt = list(job.request.prompt_token_ids)
         readers = [slot for slot in self._slots if slot.is_reading]
         if _must_repeat(job.request):
             return any(_repeats_as(slot.job.request, job.request) for slot in readers)
-        soon = max((common_prefix(slot.token_ids, prompt) for slot in readers), default=0)
+        soon = max((self._cache.shared_with_busy(slot.token_ids, prompt) for slot in readers), default=0)
         return soon >= self._cache.shared_tokens(prompt) + WORTH_WAITING_TOKENS
 
     def _start_job(self, job: Job) -> None:
@@ -325,11 +329,12 @@ class Scheduler:
             prompt_token_ids=prompt,
             candidates=self._candidates,
         )
-        read_prompt = self._prompt_read_before(token_ids)
-        if read_prompt is not None:
-            sequence = self._cache.fork(read_prompt.sequence, len(token_ids))
-        else:
-            sequence = self._acquire(token_ids, request)
+        read_prompt = self._prompt_read_before(token_ids, request)
+        try:
+            sequence = self._sequence_for(token_ids, request, read_prompt)
+        except BaseException:
+            sampler.close()
+            raise
         slot = _Slot(
             job=job,
             sequence=sequence,
@@ -346,19 +351,24 @@ class Scheduler:
             self._masks.compute([request.state])
             self._guard(partial(self._choose, slot, read_prompt.logits, 0), fail)
 
-    def _acquire(self, token_ids: list[int], request: GenerationRequest) -> CachedSequence:
+    def _sequence_for(
+        self, token_ids: list[int], request: GenerationRequest, read_prompt: _ReadPrompt | None
+    ) -> CachedSequence:
+        if read_prompt is not None:
+            return self._cache.fork(read_prompt.sequence, len(token_ids))
         if not _must_repeat(request):
             return self._cache.acquire(token_ids)
         if not self._slots:
             self._cache.shelve_all()
         return self._cache.acquire(token_ids, reuse=False)
 
-    def _prompt_read_before(self, token_ids: list[int]) -> _ReadPrompt | None:
+    def _prompt_read_before(self, token_ids: list[int], request: GenerationRequest) -> _ReadPrompt | None:
         """The same prompt, if it was read while this job waited, and is still in the cache."""
         found = self._read_prompt
-        if found is None or found.token_ids != token_ids:
+        if found is None or found.token_ids != token_ids or not _repeats_as(found.request, request):
             return None
-        return found if found.sequence.token_ids[: len(token_ids)] == token_ids else None
+        is_there = found.sequence.token_ids[: len(token_ids)] == token_ids
+        return found if is_there and found.sequence.least_tokens <= len(token_ids) else None
 
     def _step(self) -> None:
         """Compute one batch and choose tokens for each slot whose pending tokens are all in it."""
@@ -366,10 +376,9 @@ class Scheduler:
         parts = self._plan()
         if not parts:
             return
-        batch = [_to_batch_part(part) for part in parts]
         start = time.perf_counter()
         try:
-            self._cache.decode(batch)
+            batch = self._decode(parts)
         except KvCacheFull:
             self._preempt_youngest()
             return
@@ -380,10 +389,27 @@ class Scheduler:
         whole = [part for part in parts if part.is_last]
         self._masks.compute([part.slot.job.request.state for part in whole])
         rows = [part_rows for part_rows in self._cache.logits(batch) if part_rows]
-        self._cost.record(sum(len(part.token_ids) for part in batch), time.perf_counter() - start)
+        if rows:  # else a GPU may not have done it yet
+            self._cost.record(sum(len(part.token_ids) for part in batch), time.perf_counter() - start)
         for index, part in enumerate(whole):
             fail = partial(self._finish, part.slot)
             self._guard(partial(self._write, part, rows[index], index), fail)
+
+    def _decode(self, parts: list[_Part]) -> list[BatchPart]:
+        """Compute the parts, those of answers without their drafts where there is no room for these.
+
+        Raises:
+            KvCacheFull, DecodeFailed: as `SequenceCache.decode`.
+        """
+        batch = [_to_batch_part(part) for part in parts]
+        try:
+            self._cache.decode(batch)
+        except KvCacheFull:
+            if not any(part.draft.token_ids for part in parts):
+                raise
+            parts[:] = [replace(part, draft=NO_DRAFT) for part in parts]
+            return self._decode(parts)
+        return batch
 
     def _take_cores(self) -> None:
         """Compute on as many cores as the workers beside this one leave it."""
@@ -432,7 +458,7 @@ class Scheduler:
         assert self._drafter is not None
         step_tokens = sum(len(part.token_ids) for part in parts)
         wishing = {id(part): wish for part in parts if (wish := self._wish(part, step_tokens))}
-        drafts = dict(zip(wishing, self._drafter.draft(list(wishing.values())), strict=True))
+        drafts = dict(zip(wishing, self._guess(list(wishing.values())), strict=False))
         room = min(budget, MOST_DRAFTED_TOKENS)
         with_drafts = []
         for part in parts:
@@ -444,13 +470,24 @@ class Scheduler:
             step_tokens += length
         return with_drafts
 
+    def _guess(self, wishes: list[Wish]) -> list[Draft]:
+        """Drafts for the wishes; none, from here on, if the drafter breaks: it must not cost an answer."""
+        assert self._drafter is not None
+        try:
+            return self._drafter.draft(wishes)
+        except BaseException:
+            logger.exception("the drafter broke; answers go on without drafts")
+            self._drafter = None
+            return []
+
     def _wish(self, part: _Part, step_tokens: int) -> Wish | None:
         """How much of a guess a slot would like; None: none."""
         assert self._drafter is not None
         slot = part.slot
         # One more is chosen behind a draft that is right as a whole.
         most_tokens = min(self._options.draft_tokens, slot.room - 1)
-        if not part.is_last or most_tokens <= 0:
+        # How much pays differs from run to run, and with it what is computed together.
+        if not part.is_last or most_tokens <= 0 or _must_repeat(slot.job.request):
             return None
         if seconds := self._drafter.seconds_per_token:
             most_tokens = slot.trust.best_length(most_tokens, MODEL_DRAFT, step_tokens, self._cost, seconds)
@@ -488,9 +525,10 @@ class Scheduler:
         """Keep what comes behind a prompt, for those who wait with the same one."""
         if slot.has_chosen:
             return
-        self._read_prompt = None
-        if any(_repeats_as(slot.job.request, job.request) for job in self._waiting):
-            self._read_prompt = _ReadPrompt(slot.token_ids.copy(), slot.sequence, logits.copy())
+        request = slot.job.request
+        is_awaited = any(_repeats_as(request, job.request) for job in self._waiting)
+        if is_awaited and self._cache.can_forget_partly:
+            self._read_prompt = _ReadPrompt(request, slot.token_ids.copy(), slot.sequence, logits.copy())
 
     def _choose(self, slot: _Slot, logits: NDArray[np.float32], mask_row: int) -> None:
         """Add one token to the answer, and what the grammar forces behind it.
@@ -540,6 +578,8 @@ class Scheduler:
             self._finish(slot, Ended("length"))
 
     def _finish(self, slot: _Slot, update: Update) -> None:
+        if slot.has_ended:
+            return
         self._settle_draft(slot)
         self._tell(slot.job, update)
         self._free(slot)
@@ -547,14 +587,21 @@ class Scheduler:
     def _free(self, slot: _Slot) -> None:
         slot.has_ended = True
         slot.sampler.close()
-        if self._drafter is not None:
-            self._drafter.forget(slot)
+        self._forget_drafts(slot)
         if slot in self._preempted:
             self._preempted.remove(slot)
             return
         self._slots.remove(slot)
         self._cache.release(slot.sequence)
         self._room_was_freed = True
+
+    def _forget_drafts(self, slot: _Slot) -> None:
+        try:
+            if self._drafter is not None:
+                self._drafter.forget(slot)
+        except BaseException:
+            logger.exception("the drafter broke; answers go on without drafts")
+            self._drafter = None
 
     def _preempt_youngest(self) -> None:
         """The cache is full of busy sequences: the last to start waits, and goes on when there is room."""
@@ -585,12 +632,12 @@ class Scheduler:
 
     def _fail_all(self, error: GallamaError) -> None:
         for slot in (*self._slots, *self._preempted):
-            self._finish(slot, error)
+            self._guard(partial(self._finish, slot, error), partial(self._tell, slot.job))
 
     def _start_over(self, error: GallamaError) -> None:
         """Give up what is under way, and the cache with it; what waits is not touched."""
+        self._cache.discard_all()  # first: nothing of it must be kept on the shelf
         self._fail_all(error)
-        self._cache.discard_all()
 
     def _tell(self, job: Job, update: Update) -> None:
         self._updates.append((job, update))

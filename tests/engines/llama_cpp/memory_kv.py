@@ -87,7 +87,7 @@ class MemoryKv:
         self._next_cell += len(tokens)
         self.restored_tokens += len(tokens)
 
-    def clear(self) -> None:
+    def clear(self, *, zero: bool = True) -> None:
         self._texts.clear()
 
     def _refuse_overflow(self, sequences: Sequence[int]) -> None:

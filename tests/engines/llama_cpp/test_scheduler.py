@@ -139,13 +139,18 @@ class Board:
         drafter: Drafter | None = None,
         cores: Cores | None = None,
         shares_cells: bool = True,
+        can_forget_partly: bool = True,
         **more_options: Any,
     ) -> None:
         self.threads: list[int] = []
         """Each number of threads that it was told to compute with."""
-        self.kv = MemoryKv(cells, model=logits_after, shares_cells=shares_cells)
+        self.kv = MemoryKv(
+            cells, model=logits_after, shares_cells=shares_cells, can_forget_partly=can_forget_partly
+        )
         sequences = slots + 3 if shares_cells else slots
-        self.cache = SequenceCache(self.kv, sequences=sequences, can_forget_partly=True, shelf_tokens=100)
+        self.cache = SequenceCache(
+            self.kv, sequences=sequences, can_forget_partly=can_forget_partly, shelf_tokens=100
+        )
         options = SchedulerOptions(
             slots=slots,
             batch_tokens=batch_tokens,
@@ -363,6 +368,41 @@ def test_who_waits_with_the_same_prompt_starts_where_it_ends(
         assert [board.cached_prompt_tokens(job) for job in jobs[1:]] == ([0, 0] if runs else [100, 100])
 
 
+def test_a_model_that_sums_up_its_text_answers_the_same_prompt_twice() -> None:
+    prompt = [token % 38 for token in range(100)]
+    board = Board(can_forget_partly=False)
+    jobs = [board.submit(request(prompt)) for _ in range(3)]
+    for _ in _running(board):
+        assert [board.answer(job) for job in jobs] == [expected_answer(prompt, 10)] * 3
+
+
+def test_a_sequence_that_cannot_be_kept_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    board = Board(cells=100)
+
+    def no_memory(sequence: int) -> NDArray[np.uint8]:
+        raise MemoryError
+
+    board.kv.save = no_memory  # type: ignore[method-assign]
+    for _ in _running(board):
+        for first in range(8):
+            prompt = [first, *range(30)]
+            assert board.answer(board.submit(request(prompt))) == expected_answer(prompt, 10)
+        assert "could not be kept" in caplog.text
+
+
+def test_nothing_of_a_failed_computation_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    board = Board(step_seconds=1000.0, batch_tokens=600)
+    long = [token % 38 for token in range(550)]
+    for _ in _running(board):
+        jobs = [board.submit(request([n, *long], max_tokens=ENDLESS, sampling=WITHOUT_END)) for n in range(2)]
+        for job in jobs:
+            board.wait_for_tokens(job)
+        board.kv.is_broken = True
+        for job in jobs:
+            assert isinstance(board.updates(job)[-1], GallamaError)
+        assert board.cache.shelved_tokens == 0
+
+
 def test_choices_of_one_prompt_go_their_own_ways_behind_it(board: Board) -> None:
     prompt = [token % 38 for token in range(50)]
     lengths = [20, 3, 11, 1]
@@ -498,7 +538,7 @@ def test_what_repeats_by_its_seed_reuses_nothing_of_others() -> None:
         again = board.submit(request(prompt, sampling=seeded))
         assert board.answer(again) == board.answer(jobs[1])
         # The third waited with the second's prompt, which was read alone, and is as good as read anew.
-        assert [board.cached_prompt_tokens(job) for job in (*jobs, again)] == [0, 0, 100, 100]
+        assert [board.cached_prompt_tokens(job) for job in (*jobs, again)] == [0, 0, 100, 0]
 
 
 class Oracle:
@@ -657,3 +697,41 @@ def test_a_worker_that_has_ended_leaves_all_cores_to_the_others(
     board.scheduler.close()
     assert other.threads() == 8
     other.end_work()
+
+
+class Breaking(Oracle):
+    """Breaks when it is asked, or when it is to forget."""
+
+    def __init__(self, *, forgets: bool) -> None:
+        super().__init__(0, lies=0.0)
+        self._forgets = forgets
+
+    def draft(self, wishes: Sequence[Wish]) -> list[Draft]:
+        if not self._forgets:
+            raise MemoryError
+        return super().draft(wishes)
+
+    def forget(self, key: Any) -> None:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_drafter_that_breaks_costs_nobody_an_answer(
+    forgets: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    board = Board(drafter=Breaking(forgets=forgets))
+    jobs = [board.submit(request([number], max_tokens=20)) for number in range(6)]
+    for _ in _running(board):
+        for number, job in enumerate(jobs):
+            assert board.answer(job) == expected_answer([number], 20)
+        board.wait_until_idle()
+    assert "the drafter broke" in caplog.text
+
+
+def test_nothing_is_guessed_for_what_must_repeat() -> None:
+    board = Board(drafter=Oracle(0, lies=0.0))
+    seeded = SamplingSettings(temperature=0.1, seed=7, logit_bias={END: -1e6})
+    job = board.submit(request([1, 2], max_tokens=30, sampling=seeded))
+    for _ in _running(board):
+        assert board.answer(job)[1] == "length"
+        assert board.scheduler.status().drafted_tokens == 0
