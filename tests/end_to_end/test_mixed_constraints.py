@@ -424,6 +424,7 @@ class NoiseKv:
     """Stands for llama.cpp's context: remembers nothing, and finds each token as good as any other."""
 
     cells = 2**20
+    shares_cells = True
 
     def __init__(self, vocabulary_size: int) -> None:
         self._rows = np.random.default_rng(0).standard_normal((64, vocabulary_size), dtype=np.float32)
@@ -443,7 +444,13 @@ class NoiseKv:
     def copy(self, source: int, target: int, length: int) -> None:
         pass
 
-    def clear(self) -> None:
+    def save(self, sequence: int) -> NDArray[np.uint8]:
+        return np.zeros(0, dtype=np.uint8)
+
+    def restore(self, sequence: int, snapshot: NDArray[np.uint8]) -> None:
+        pass
+
+    def clear(self, *, zero: bool = True) -> None:
         pass
 
 

@@ -301,14 +301,17 @@ class Scheduler:
         held_back: list[Job] = []
         while self._waiting and len(self._slots) < self._options.slots:
             job = self._waiting.popleft()
-            if self._gains_by_waiting(job):
-                held_back.append(job)
-            else:
-                self._guard(partial(self._start_job, job), partial(self._tell, job))
+            self._guard(partial(self._start_or_hold_back, job, held_back), partial(self._tell, job))
         self._waiting.extendleft(reversed(held_back))
         found = self._read_prompt
         if found is not None and not any(_repeats_as(found.request, job.request) for job in self._waiting):
             self._read_prompt = None
+
+    def _start_or_hold_back(self, job: Job, held_back: list[Job]) -> None:
+        if self._gains_by_waiting(job):
+            held_back.append(job)
+        else:
+            self._start_job(job)
 
     def _gains_by_waiting(self, job: Job) -> bool:
         prompt = list(job.request.prompt_token_ids)
