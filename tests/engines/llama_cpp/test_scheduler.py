@@ -30,10 +30,10 @@ from gallama.engines.llama_cpp.scheduler import (
     even_shares,
 )
 from gallama.engines.llama_cpp.speculation import Draft, Drafter, NgramDrafter, Wish
-from gallama.engines.llama_cpp.step_cost import StepCost
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
 from gallama.generation import EndReason, GenerationRequest, SamplingSettings, State, StateStatus
 from tests.engines.llama_cpp.memory_kv import MemoryKv
+from tests.engines.llama_cpp.step_costs import LongStepsForNothing
 
 SIZE = 40
 END = 39
@@ -113,18 +113,6 @@ class Exhausted(Runs):
 
     def advance(self, token_ids: Sequence[int]) -> int:
         return 0
-
-
-class LongStepsForNothing(StepCost):
-    """What steps take on a machine where further tokens cost nothing, whatever the clock says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        super().record(1, 1.0)
-        super().record(1000, 1.0)
-
-    def record(self, tokens: int, seconds: float) -> None:
-        pass
 
 
 class Board:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -18,6 +18,7 @@ from gallama.engines import ENGINES
 from gallama.engines.llama_cpp.context import common_prefix
 from gallama.errors import InvalidConfig
 from gallama.generation import Engine
+from tests.engines.llama_cpp.step_costs import LongStepsForNothing
 from tests.engines.llama_cpp.test_engine import (
     Answer,
     Grammar,
@@ -80,8 +81,11 @@ class Engines:
         return self(backend_extra_args={"kv_unified": LAYOUTS[layout], **arguments})
 
     def with_drafts(self, kind: str) -> Engine:
-        """The model guesses for itself where a draft model is wanted."""
-        return self(**({"draft_model_id": str(self._path)} if kind == "draft" else {"speculative": kind}))
+        """The model guesses for itself where a draft model is wanted. As if it paid, on any machine."""
+        changes = {"draft_model_id": str(self._path)} if kind == "draft" else {"speculative": kind}
+        engine: Any = self(**changes)
+        engine._scheduler._cost = LongStepsForNothing()
+        return cast(Engine, engine)
 
     def close(self) -> None:
         for engine in self._loaded.values():
