@@ -83,7 +83,8 @@ class Engines:
     def with_drafts(self, kind: str) -> Engine:
         """The model guesses for itself where a draft model is wanted. As if it paid, on any machine."""
         changes = {"draft_model_id": str(self._path)} if kind == "draft" else {"speculative": kind}
-        engine: Any = self(**changes)
+        # With cells of its own an answer is guessed for only while it is alone.
+        engine: Any = self(backend_extra_args={"kv_unified": True}, **changes)
         engine._scheduler._cost = LongStepsForNothing()
         return cast(Engine, engine)
 
