@@ -121,6 +121,30 @@ class AuthenticationFailed(GallamaError):
     code = "invalid_api_key"
 
 
+class NotAllowed(GallamaError):
+    """The key is known, but may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "not_allowed"
+
+
+class RateLimited(GallamaError):
+    """The key has used up what it may use for now. Worth a retry."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class TaskNotFound(GallamaError):
+    """No load task has this id."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "task_not_found"
+
+
 class ModelNotFound(GallamaError):
     """No model of this name can be asked."""
 
@@ -138,6 +162,21 @@ class WorkerBusy(GallamaError):
     code = "model_overloaded"
 
 
+class ServerFull(GallamaError):
+    """The server has as many connections as it may have. Worth a retry."""
+
+    status = 503
+    code = "server_full"
+
+
+class DeadlineExceeded(GallamaError):
+    """The time that the client gave has passed."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+
 class WorkerUnavailable(GallamaError):
     """No instance of the model can answer now. Worth a retry."""
 
@@ -150,6 +189,18 @@ class WorkerDied(WorkerUnavailable):
     """The worker ended while it answered; nothing is known of the rest of the answer."""
 
     code = "worker_died"
+
+
+class ModelUnloaded(WorkerUnavailable):
+    """The model was unloaded before the answer had ended."""
+
+    code = "model_unloaded"
+
+
+class CrashLoop(WorkerUnavailable):
+    """The worker has died again and again, and is not started for a while."""
+
+    code = "crash_loop"
 
 
 class ConstraintFailed(GallamaError):

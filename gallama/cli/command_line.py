@@ -70,6 +70,13 @@ def _describe_serve(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="a key that requests must carry; may be repeated",
     )
+    parser.add_argument(
+        "--admin-key",
+        dest="admin_keys",
+        action="append",
+        metavar="KEY",
+        help="a key that may also manage models; may be repeated",
+    )
     parser.set_defaults(command=serve, name=None)
 
 

@@ -52,9 +52,6 @@ HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
     "tp": (False,),
     "speculative": (None, *get_args(Speculative)),
     "draft_cache_quant": (None, "FP16", "Q8", "Q4"),
-    "reserve_vram": (None,),
-    "ttl_seconds": (None,),
-    "pinned": (False,),
 }
 """The keys of which this version does not honour every value, and the values it does. Others are refused."""
 
@@ -198,6 +195,11 @@ class ModelSpec(ConfigModel):
     """Requests that one instance answers at the same time."""
     queue_limit: Annotated[Count, Field(le=100_000)] = 64
     """Requests that may wait for one instance; more are refused with status 429."""
+    queue_token_limit: Annotated[Tokens, Field(examples=[524_288])] = 524_288
+    """Prompt tokens, as estimated from their text, that may wait for one instance; more are refused with
+    status 429. A request for which nobody waits is taken whatever its size."""
+    replicas: Annotated[Count, Field(ge=1, le=64)] = 1
+    """Instances of the model, which share its requests."""
     prompt_template: Text = "auto"
     """The dialect of the model's prompts and tool calls. `auto` chooses by the model's own template."""
     eos_token_list: Annotated[TokenTexts, Field(examples=[["<|im_end|>"]])] = ()
@@ -233,10 +235,10 @@ class ModelSpec(ConfigModel):
     num_draft_tokens: Annotated[Count | None, Field(ge=1, le=64, examples=[8])] = None
     """Tokens to guess in one go, at most; fewer where that is faster.
     Default: 8 with a draft model, 16 with ngram."""
-    reserve_vram: Annotated[Number, Field(ge=0)] | None = None
+    reserve_vram: Annotated[Annotated[Number, Field(ge=0)] | None, Field(examples=[1.5])] = None
     """Gigabytes to keep free on each GPU."""
-    ttl_seconds: Annotated[Number, Field(ge=0)] | None = None
-    """Unload the model after so many seconds without a request."""
+    ttl_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, Field(examples=[600])] = None
+    """Unload the model after so many seconds without a request. Default: never."""
     pinned: bool = False
     """Never unload the model to make room for another."""
 

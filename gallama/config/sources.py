@@ -13,7 +13,13 @@ from gallama.errors import InvalidConfig
 PREFIX = "GALLAMA_"
 # Read elsewhere: the folder of the config file.
 OTHER_VARIABLES = ("GALLAMA_HOME",)
-FLAGS = {"host": "--host", "port": "--port", "strict": "--strict", "api_keys": "--api-key"}
+FLAGS = {
+    "host": "--host",
+    "port": "--port",
+    "strict": "--strict",
+    "api_keys": "--api-key",
+    "admin_keys": "--admin-key",
+}
 
 
 def load_config(

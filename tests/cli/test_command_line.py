@@ -16,7 +16,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["srve"], ["serve", "--por", "1"], ["serve", "--admin-key", "x"], ["run"]]
+    "argv", [[], ["srve"], ["serve", "--por", "1"], ["serve", "--admin-keys", "x"], ["run"]]
 )
 def test_a_command_line_that_does_not_exist_is_refused(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
