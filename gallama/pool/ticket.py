@@ -39,6 +39,9 @@ class RequestRecord:
     completion_tokens: int = 0
     """These three as the worker counted them; 0 where it did not come to that."""
     forced_tokens: int = 0
+    """Tokens of constrained answers that were not sampled."""
+    accepted_draft_tokens: int = 0
+    rejected_draft_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -50,5 +53,10 @@ class Ticket:
     key_name: str = ""
     on_end: Callable[[RequestRecord], None] | None = None
     """Called once, when all is over."""
-    position: int | None = None
-    """The pool's to set: its place in the line, from 1; None while it does not wait."""
+    find_position: Callable[[], int | None] = lambda: None
+    """The pool's to set."""
+
+    @property
+    def position(self) -> int | None:
+        """Its place in the line, from 1; None while it does not wait."""
+        return self.find_position()

@@ -136,3 +136,15 @@ class Unloaded:
     """Whether its process is gone, and its GPUs have the memory back as far as they can be asked."""
     cut_requests: int
     """Running answers that did not end within the drain time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Something that went wrong with an instance."""
+
+    at: float
+    """Seconds since 1970."""
+    model: str
+    instance: int
+    code: str
+    message: str
