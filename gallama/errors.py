@@ -154,6 +154,22 @@ class ModelNotFound(GallamaError):
     hint = "GET /v1/models lists the names."
 
 
+class NotSupported(GallamaError):
+    """The path exists so that clients get a clear answer; this version does not do what it stands for."""
+
+    status = 501
+    type = "invalid_request_error"
+    code = "not_supported"
+
+
+class GatewayUnreachable(GallamaError):
+    """No gateway answers where one was looked for, or what answers is none."""
+
+    status = 503
+    code = "gateway_unreachable"
+    hint = "Start it with `gallama serve`, or name its address with --url."
+
+
 class WorkerBusy(GallamaError):
     """Every instance of the model is full, and so is its queue. Worth a retry."""
 

@@ -62,6 +62,21 @@ async def read_body(request: Request, body_type: type[Body], *, max_bytes: int) 
     return parse_body(raw, body_type)
 
 
+async def read_json(request: Request, *, max_bytes: int) -> Any:
+    """Read and parse the body of a request that may be a list as well.
+
+    Raises:
+        RequestTooLarge, RequestTimeout: it is too long, or does not arrive.
+        InvalidRequest: it is not JSON.
+        ClientLeft: the client hung up.
+    """
+    _check_headers(request)
+    raw = await _read_bytes(request, max_bytes)
+    if len(raw) > _PARSED_ASIDE_BYTES:
+        return await asyncio.to_thread(parse_json, raw)
+    return parse_json(raw)
+
+
 def parse_body(raw: bytes, body_type: type[Body]) -> Body:
     """
     Raises:

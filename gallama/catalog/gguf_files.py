@@ -58,6 +58,8 @@ def _only_model_in(folder: Path) -> Path:
 
 
 def _check_magic(file: Path) -> None:
+    if not file.is_file():  # reading from a pipe or a device could wait for ever
+        raise InvalidConfig(f"{file} is no file.")
     try:
         with file.open("rb") as content:
             magic = content.read(len(_MAGIC))

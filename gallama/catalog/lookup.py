@@ -15,6 +15,9 @@ from gallama.catalog.gguf_files import find_gguf, model_name_of
 from gallama.config import SPECULATION_KEYS, ModelSpec, ServerConfig, layer_values, validated
 from gallama.errors import InvalidConfig
 
+UNKNOWN_MODEL = "unknown_model"
+"""The code of the error that nothing is found under a name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
@@ -41,7 +44,7 @@ def resolve_model(values: Mapping[str, Any], config: ServerConfig) -> ResolvedMo
         values: keys of `ModelSpec`, `model_id` among them.
 
     Raises:
-        InvalidConfig: there is no such model, or a value is not allowed.
+        InvalidConfig: there is no such model (its code is `UNKNOWN_MODEL`), or a value is not allowed.
     """
     # How to guess ahead is judged when it is whole: the config file may have the other half.
     alone = {key: value for key, value in values.items() if key not in SPECULATION_KEYS}
@@ -127,7 +130,7 @@ def _resolve_file_or_embedded(values: Mapping[str, Any], config: ServerConfig) -
     folder = Path.cwd()
     spec, path = _find_file(values, folder)
     if path is None:
-        raise InvalidConfig(_explain_unknown_model(spec.model_id, config))
+        raise InvalidConfig(_explain_unknown_model(spec.model_id, config), code=UNKNOWN_MODEL)
     return _resolved(spec, path, folder)
 
 

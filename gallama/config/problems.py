@@ -22,13 +22,15 @@ def validated(model: type[ModelT], values: Mapping[str, Any], locate: Callable[[
         locate: the place of a key in the user's words, as in "model_config.yaml, line 3, `_server.port`".
 
     Raises:
-        InvalidConfig: all that is wrong, one line for each problem.
+        InvalidConfig: all that is wrong, one line for each problem; `param` is the key of the first.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [f"{locate(problem['loc'])}: {_explain(problem, model)}" for problem in error.errors()]
-        raise InvalidConfig("\n".join(lines)) from None
+        problems = error.errors()
+        lines = [f"{locate(problem['loc'])}: {_explain(problem, model)}" for problem in problems]
+        first_key = ".".join(map(str, problems[0]["loc"]))
+        raise InvalidConfig("\n".join(lines), param=first_key or None) from None
 
 
 def explain_unknown_key(key: str, valid_keys: Iterable[str]) -> str:

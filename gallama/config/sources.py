@@ -11,8 +11,10 @@ from gallama.config.server_config import ServerConfig, ServerSettings
 from gallama.errors import InvalidConfig
 
 PREFIX = "GALLAMA_"
-# Read elsewhere: the folder of the config file.
-OTHER_VARIABLES = ("GALLAMA_HOME",)
+KEY_VARIABLE = "GALLAMA_API_KEY"
+"""The key that commands send to a running gateway."""
+# Read elsewhere: the folder of the config file, and what clients send.
+OTHER_VARIABLES = ("GALLAMA_HOME", KEY_VARIABLE)
 FLAGS = {
     "host": "--host",
     "port": "--port",
