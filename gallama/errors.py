@@ -244,6 +244,14 @@ class ModelLoadFailed(GallamaError):
     code = "model_load_failed"
 
 
+class NotEnoughMemory(GallamaError):
+    """The GPUs have too little free memory for the model. Worth a retry once others are unloaded."""
+
+    status = 503
+    code = "insufficient_memory"
+    hint = "Unload a model, set a smaller `cache_size` or `cache_quant`, or use the CPU with `gpus=0`."
+
+
 class HostNotAllowed(GallamaError):
     """A browser was led here by a foreign page; only this machine's own names are answered."""
 
