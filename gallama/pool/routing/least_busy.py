@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gallama.conversation import ChatRequest
 from gallama.pool.routing.policy import InstanceLoad
 
 
-def pick_least_busy(instances: Sequence[InstanceLoad], _request: ChatRequest) -> InstanceLoad:
+def pick_least_busy(instances: Sequence[InstanceLoad]) -> InstanceLoad:
     return min(instances, key=lambda instance: (instance.busy, instance.served, instance.index))
