@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gallama
 from gallama.cli.check_config import check_config
+from gallama.cli.remote import describe_load, describe_ps, describe_stop, describe_unload
 from gallama.cli.serve import serve
 from gallama.errors import GallamaError
 
@@ -42,6 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     for name, describe, help_text in (
         ("serve", _describe_serve, "start the gateway and the models named"),
         ("run", _describe_run, "start the gateway and one model, by its name or path"),
+        ("ps", describe_ps, "list the models of a running gateway"),
+        ("load", describe_load, "load a model into a running gateway"),
+        ("unload", describe_unload, "unload a model of a running gateway, when its answers have ended"),
+        ("stop", describe_stop, "unload a model, or one of its instances"),
         ("check-config", _describe_check_config, "say whether the config file is valid"),
     ):
         command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)

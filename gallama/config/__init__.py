@@ -6,10 +6,11 @@ from gallama.config.model_argument import parse_model_argument
 from gallama.config.model_spec import SPECULATION_KEYS, ModelSpec, SamplingDefaults, layer_values
 from gallama.config.problems import validated
 from gallama.config.server_config import ServerConfig
-from gallama.config.sources import FLAGS, load_config
+from gallama.config.sources import FLAGS, KEY_VARIABLE, load_config
 
 __all__ = [
     "FLAGS",
+    "KEY_VARIABLE",
     "SPECULATION_KEYS",
     "ModelSpec",
     "SamplingDefaults",

@@ -11,6 +11,8 @@ from pydantic_core import ErrorDetails
 
 from gallama.errors import InvalidConfig
 
+_MOST_TOLD = 20
+
 KeyPath = Sequence[str | int]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -22,13 +24,16 @@ def validated(model: type[ModelT], values: Mapping[str, Any], locate: Callable[[
         locate: the place of a key in the user's words, as in "model_config.yaml, line 3, `_server.port`".
 
     Raises:
-        InvalidConfig: all that is wrong, one line for each problem; `param` is the key of the first.
+        InvalidConfig: what is wrong, one line for each problem; `param` is the key of the first.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         problems = error.errors()
-        lines = [f"{locate(problem['loc'])}: {_explain(problem, model)}" for problem in problems]
+        told = problems[:_MOST_TOLD]
+        lines = [f"{locate(problem['loc'])}: {_explain(problem, model)}" for problem in told]
+        if len(problems) > len(told):
+            lines.append(f"... and {len(problems) - len(told)} more")
         first_key = ".".join(map(str, problems[0]["loc"]))
         raise InvalidConfig("\n".join(lines), param=first_key or None) from None
 
