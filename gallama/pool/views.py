@@ -68,6 +68,11 @@ class ServedModel:
     waiting: int
     waiting_tokens: int
     """Estimated prompt tokens of those that wait."""
+    loads: int = 0
+    """How often an instance has become ready, those included that are gone; so for the next two."""
+    load_failures: int = 0
+    restarts: int = 0
+    """How often a worker died or hung, and was started again."""
 
     @property
     def states(self) -> tuple[InstanceState, ...]:
