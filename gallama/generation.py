@@ -158,6 +158,8 @@ class EngineStatus:
     busy_slots: int
     waiting: int
     cached_tokens: int
+    steps: int = 0
+    """Grows with whatever is computed, be it a prompt: an engine at work where it stays the same has hung."""
     sampled_tokens: int = 0
     """Tokens chosen since the engine was loaded; so are the other totals."""
     forced_tokens: int = 0
@@ -166,6 +168,10 @@ class EngineStatus:
     """Tokens guessed ahead and checked."""
     accepted_draft_tokens: int = 0
     """How many of them were right."""
+
+
+ReportProgress = Callable[[float], None]
+"""Told which part of a model is loaded, 0 to 1; called from the thread that loads it."""
 
 
 class Engine(Protocol):
@@ -190,5 +196,13 @@ class Engine(Protocol):
         ...
 
     def status(self) -> EngineStatus: ...
+
+    async def probe(self) -> None:
+        """Compute a token for nobody, and leave what is kept of texts as it was.
+
+        Raises:
+            GallamaError: the engine cannot compute any more.
+        """
+        ...
 
     async def close(self) -> None: ...

@@ -3,7 +3,7 @@
 One connection per request:
 
     gateway -> worker    Hello, then one Call
-    worker -> gateway    ChatEvents up to Completed or Failure; or one WorkerStatus
+    worker -> gateway    ChatEvents up to Completed or Failure; or one WorkerStatus, or a Failure in its place
 
     frame := length (4 bytes, big end first), one struct as msgpack
 
@@ -27,10 +27,11 @@ import msgspec
 from msgspec import Struct
 
 from gallama.conversation import ChatEvent, ChatRequest, Completed, Failure
-from gallama.errors import ErrorReport, RequestTooLarge
+from gallama.errors import ErrorReport, ReportedError, RequestTooLarge
 
 MAX_FRAME_BYTES = 256 * 2**20
 _MAX_HELLO_BYTES = 4096
+_MAX_STATUS_BYTES = 2**16
 _READ_BYTES = 2**16
 _LENGTH = struct.Struct(">I")
 
@@ -46,10 +47,14 @@ class ChatCall(Struct, frozen=True, tag=True):
 
 
 class StatusCall(Struct, frozen=True, tag=True):
-    """Asks for a WorkerStatus; a worker that answers is alive."""
+    """Asks for a WorkerStatus; a worker that answers is alive, though its engine may not be."""
 
 
-Call = ChatCall | StatusCall
+class TokenCall(Struct, frozen=True, tag=True):
+    """Asks for a WorkerStatus once the engine has computed a token, which nobody gets."""
+
+
+Call = ChatCall | StatusCall | TokenCall
 
 
 class WorkerStatus(Struct, frozen=True, tag=True, kw_only=True):
@@ -58,6 +63,9 @@ class WorkerStatus(Struct, frozen=True, tag=True, kw_only=True):
     busy_slots: int
     waiting: int
     cached_tokens: int
+    steps: int = 0
+    slow_readers: int = 0
+    """Answers that go on only when the gateway has read what there is of them."""
     sampled_tokens: int = 0
     forced_tokens: int = 0
     drafted_tokens: int = 0
@@ -79,7 +87,10 @@ class WorkerOrder(Struct, frozen=True, kw_only=True):
 
 
 class Loading(Struct, frozen=True, tag=True):
-    """The process runs and has understood its order."""
+    """The process runs and has understood its order. Said again and again until it is ready."""
+
+    fraction: float = 0.0
+    """The part of the model that is loaded, 0 to 1."""
 
 
 class Ready(Struct, frozen=True, tag=True, kw_only=True):
@@ -100,7 +111,7 @@ WorkerReport = Loading | Ready | LoadFailed
 CALLS: msgspec.msgpack.Decoder[Call] = msgspec.msgpack.Decoder(Call)
 _HELLOS = msgspec.msgpack.Decoder(Hello)
 _EVENTS: msgspec.msgpack.Decoder[ChatEvent] = msgspec.msgpack.Decoder(ChatEvent)
-_STATUSES = msgspec.msgpack.Decoder(WorkerStatus)
+_STATUSES: msgspec.msgpack.Decoder[WorkerStatus | Failure] = msgspec.msgpack.Decoder(WorkerStatus | Failure)
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -238,10 +249,27 @@ async def ask_status(address: str, secret: str) -> WorkerStatus:
     Raises:
         OSError: the worker cannot be reached, or hung up.
     """
+    return await _ask_how_it_is(address, secret, StatusCall())
+
+
+async def ask_for_token(address: str, secret: str) -> WorkerStatus:
+    """Have a worker's engine compute a token; what the worker is doing then.
+
+    Raises:
+        ReportedError: the engine failed.
+        OSError: the worker cannot be reached, or hung up.
+    """
+    return await _ask_how_it_is(address, secret, TokenCall())
+
+
+async def _ask_how_it_is(address: str, secret: str, call: StatusCall | TokenCall) -> WorkerStatus:
     link = await connect(address)
     try:
         await link.send(Hello(secret))
-        await link.send(StatusCall())
-        return await link.receive(_STATUSES)
+        await link.send(call)
+        answer = await link.receive(_STATUSES, max_bytes=_MAX_STATUS_BYTES)
     finally:
         link.close()
+    if isinstance(answer, Failure):
+        raise ReportedError(answer.error)
+    return answer

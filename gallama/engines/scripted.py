@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gallama.config import ModelSpec
+from gallama.engines import ignore_progress
 from gallama.errors import ConstraintFailed, InvalidConfig, ModelLoadFailed
 from gallama.generation import (
     EndReason,
     EngineStatus,
     GeneratedChunk,
     GenerationRequest,
+    ReportProgress,
+    SamplingSettings,
     State,
     TokenLogprob,
     Vocabulary,
@@ -36,6 +39,7 @@ from gallama.generation import (
 _CONTROL_TOKENS = {"<|im_start|>": 256, "<|im_end|>": 257, "<|endoftext|>": 258}
 _START, _END = 256, 257
 _VOCABULARY_SIZE = 259
+_HUNDRED = 100
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -71,7 +75,7 @@ class Script(BaseModel):
     """The whole process stops to answer."""
 
 
-def load(spec: ModelSpec, path: Path) -> ScriptedEngine:
+def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_progress) -> ScriptedEngine:
     """Make the engine that the spec describes; `path` may be anything.
 
     Raises:
@@ -85,7 +89,9 @@ def load(spec: ModelSpec, path: Path) -> ScriptedEngine:
         name = ".".join(str(part) for part in problem["loc"])
         known = ", ".join(sorted(Script.model_fields))
         raise InvalidConfig(f"backend_extra_args.{name}: {problem['msg']}. There are: {known}.") from error
-    time.sleep(script.seconds_to_load)
+    for percent in range(_HUNDRED):
+        report_progress(percent / _HUNDRED)
+        time.sleep(script.seconds_to_load / _HUNDRED)
     if script.die_at_load:
         os._exit(3)
     if script.fail_at_load is not None:
@@ -114,6 +120,7 @@ class ScriptedEngine:
         self._free_slots = asyncio.Semaphore(slots)
         self._busy = 0
         self._waiting = 0
+        self._steps = 0
 
     def tokenize(self, text: str) -> list[int]:
         return [token_id for piece in _split_at_control_tokens(text) for token_id in _piece_token_ids(piece)]
@@ -128,13 +135,20 @@ class ScriptedEngine:
         try:
             async with aclosing(self._play(request)) as chunks:
                 async for chunk in chunks:
+                    self._steps += 1
                     yield chunk
         finally:
             self._busy -= 1
             self._free_slots.release()
 
     def status(self) -> EngineStatus:
-        return EngineStatus(busy_slots=self._busy, waiting=self._waiting, cached_tokens=0)
+        return EngineStatus(busy_slots=self._busy, waiting=self._waiting, cached_tokens=0, steps=self._steps)
+
+    async def probe(self) -> None:
+        request = GenerationRequest(prompt_token_ids=[_START], max_tokens=1, sampling=SamplingSettings())
+        async with aclosing(self.generate(request)) as chunks:
+            async for _ in chunks:
+                pass
 
     async def close(self) -> None:
         pass

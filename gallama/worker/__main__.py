@@ -16,12 +16,15 @@ from gallama import event_loop
 from gallama.config import ModelSpec
 from gallama.engines import ENGINES
 from gallama.errors import ErrorReport, GallamaError, InvalidConfig
-from gallama.generation import Engine
+from gallama.generation import Engine, ReportProgress
 from gallama.wire import LoadFailed, Loading, Ready, WorkerOrder, WorkerReport
 from gallama.worker.chat import ChatRunner
 from gallama.worker.serve import serving
 
 logger = logging.getLogger("gallama.worker")
+
+_TELL_SECONDS = 0.25
+"""While a model loads, how far it is is told so often."""
 
 _STANDARD_INPUT, _STANDARD_OUTPUT, _STANDARD_ERROR = 0, 1, 2
 
@@ -52,20 +55,41 @@ async def _load_and_serve(order: WorkerOrder, report_fd: int) -> None:
     Raises:
         GallamaError: the model cannot be loaded.
     """
-    _report(report_fd, Loading())
     spec = ModelSpec.model_validate_json(order.spec)
-    engine = await asyncio.to_thread(_load_engine, spec, Path(order.model_path))
-    runner = await asyncio.to_thread(ChatRunner, engine, spec)
-    async with serving(order.address, order.secret, runner, engine.status) as address:
+    engine, runner = await _load(spec, Path(order.model_path), report_fd)
+    async with serving(order.address, order.secret, runner, engine.status, engine.probe) as address:
         _report(report_fd, Ready(address=address, context_length=engine.context_length))
         await asyncio.Event().wait()
 
 
-def _load_engine(spec: ModelSpec, path: Path) -> Engine:
+async def _load(spec: ModelSpec, path: Path, report_fd: int) -> tuple[Engine, ChatRunner]:
+    """Load the model, and tell how far it is all the while, also where that does not change.
+
+    Raises:
+        GallamaError: the model cannot be loaded.
+    """
+    fraction = 0.0
+
+    def take_progress(loaded: float) -> None:
+        nonlocal fraction
+        fraction = loaded
+
+    def load() -> tuple[Engine, ChatRunner]:
+        engine = _load_engine(spec, path, take_progress)
+        return engine, ChatRunner(engine, spec)
+
+    loading = asyncio.create_task(asyncio.to_thread(load))
+    while not loading.done():
+        _report(report_fd, Loading(fraction))
+        await asyncio.wait({loading}, timeout=_TELL_SECONDS)
+    return loading.result()
+
+
+def _load_engine(spec: ModelSpec, path: Path, report_progress: ReportProgress) -> Engine:
     load = ENGINES.get(str(spec.backend))
     if load is None:
         raise InvalidConfig(f"There is no backend {spec.backend!r}; there are: {', '.join(sorted(ENGINES))}.")
-    return load(spec, path)
+    return load(spec, path, report_progress)
 
 
 def _read_order() -> WorkerOrder:

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from gallama.conversation import ChatEvent, ChatRequest, Failure
 from gallama.errors import ErrorReport, GallamaError
 from gallama.generation import EngineStatus
-from gallama.wire import ChatCall, Link, StatusCall, WorkerStatus, listen, receive_call
+from gallama.wire import ChatCall, Link, StatusCall, TokenCall, WorkerStatus, listen, receive_call
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,18 @@ class Runner(Protocol):
 class ConnectionAnswerer:
     """Answers connections with what one runner makes of their requests."""
 
-    def __init__(self, runner: Runner, engine_status: Callable[[], EngineStatus], secret: str) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        engine_status: Callable[[], EngineStatus],
+        secret: str,
+        probe: Callable[[], Awaitable[None]],
+    ) -> None:
         self._runner = runner
         self._engine_status = engine_status
+        self._probe = probe
         self._secret = secret
+        self._slow_readers = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def answer(self, link: Link) -> None:
@@ -62,13 +70,30 @@ class ConnectionAnswerer:
         match call:
             case StatusCall():
                 await link.send(self._status())
+            case TokenCall():
+                await _unless_hung_up(link, self._send_status_after_token(link))
             case ChatCall():
                 await _unless_hung_up(link, self._send_events(link, call.request))
 
     async def _send_events(self, link: Link, request: ChatRequest) -> None:
         async with aclosing(self._events(request)) as events:
             async for event in events:
-                await link.send(event)
+                self._slow_readers += 1
+                try:
+                    await link.send(event)
+                finally:
+                    self._slow_readers -= 1
+
+    async def _send_status_after_token(self, link: Link) -> None:
+        try:
+            await self._probe()
+        except GallamaError as error:
+            await link.send(Failure(error.report()))
+        except Exception:
+            logger.exception("The engine cannot compute a token.")
+            await link.send(Failure(_unexpected_error("for a token")))
+        else:
+            await link.send(self._status())
 
     async def _events(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """The runner's events, and every error as one Failure at the end."""
@@ -84,19 +109,31 @@ class ConnectionAnswerer:
             yield Failure(_unexpected_error(request.request_id))
 
     def _status(self) -> WorkerStatus:
-        return WorkerStatus(**dataclasses.asdict(self._engine_status()))
+        status = dataclasses.asdict(self._engine_status())
+        return WorkerStatus(**status, slow_readers=self._slow_readers)
+
+
+async def _nothing_to_probe() -> None:
+    pass
 
 
 @contextlib.asynccontextmanager
 async def serving(
-    address: str, secret: str, runner: Runner, engine_status: Callable[[], EngineStatus]
+    address: str,
+    secret: str,
+    runner: Runner,
+    engine_status: Callable[[], EngineStatus],
+    probe: Callable[[], Awaitable[None]] = _nothing_to_probe,
 ) -> AsyncIterator[str]:
     """Answer connections inside the context; gives the address where it listens.
+
+    Args:
+        probe: as `Engine.probe`; for a runner without an engine there is nothing to do.
 
     Raises:
         OSError: the address cannot be had.
     """
-    answerer = ConnectionAnswerer(runner, engine_status, secret)
+    answerer = ConnectionAnswerer(runner, engine_status, secret, probe)
     server, actual_address = await listen(address, answerer.answer)
     try:
         yield actual_address

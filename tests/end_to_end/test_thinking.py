@@ -278,6 +278,9 @@ class ReasoningModel:
     def status(self) -> EngineStatus:
         return self._engine.status()
 
+    async def probe(self) -> None:
+        await self._engine.probe()
+
     async def close(self) -> None:
         pass
 

@@ -1,28 +1,12 @@
-"""The pool over workers that run inside the test: real frames over real sockets, without processes."""
+"""The pool: names, the line, and workers that die. On workers that run inside the test."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gallama.catalog import ResolvedModel
-from gallama.config import ModelSpec
-from gallama.conversation import (
-    Accepted,
-    AnswerText,
-    ChatEvent,
-    ChatRequest,
-    Completed,
-    Failure,
-    Message,
-    Usage,
-)
+from gallama.conversation import Accepted, AnswerText, Failure
 from gallama.errors import (
     GallamaError,
     InvalidConfig,
@@ -32,129 +16,10 @@ from gallama.errors import (
     WorkerBusy,
     WorkerDied,
 )
-from gallama.generation import EngineStatus
 from gallama.pool import supervisor
-from gallama.pool.launchers import RunningWorker
-from gallama.pool.pool import WorkerPool
+from gallama.pool.pool import MAX_TRIES, WorkerPool
 from gallama.pool.supervisor import Backoff
-from gallama.wire import Ready
-from gallama.worker.serve import serving
-
-DONE = Completed(Usage(prompt_tokens=1, completion_tokens=1))
-
-
-class FakeWorker:
-    """A worker inside the test. The request's text says what it does."""
-
-    secret = "secret"
-
-    def __init__(self, model: ResolvedModel, launcher: FakeLauncher) -> None:
-        self._launcher = launcher
-        self.model = model
-        self.asked: list[str] = []
-        self.busy = 0
-        self._died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._serving = asyncio.create_task(self._serve())
-
-    async def ready(self) -> Ready:
-        await self._launcher.may_load.wait()
-        if self._launcher.load_errors:
-            raise self._launcher.load_errors.pop(0)
-        return Ready(address=await self._address, context_length=100)
-
-    async def exited(self) -> str:
-        return await asyncio.shield(self._died)
-
-    async def stop(self) -> None:
-        self._serving.cancel()
-        await asyncio.gather(self._serving, return_exceptions=True)
-        self._launcher.stopped += 1
-
-    def die(self) -> None:
-        self._serving.cancel()
-        if not self._died.done():
-            self._died.set_result("was killed by SIGKILL")
-
-    def status(self) -> EngineStatus:
-        return EngineStatus(busy_slots=self.busy, waiting=0, cached_tokens=0)
-
-    async def run(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
-        text = request.messages[0].content
-        self.asked.append(text)
-        self.busy += 1
-        try:
-            if text == "die before" and len(self._launcher.workers) <= self._launcher.bad_workers:
-                self.die()
-                await asyncio.sleep(1)
-            yield Accepted(1)
-            if text == "die after":
-                self.die()
-                await asyncio.sleep(1)
-            if text == "hang":
-                await asyncio.Event().wait()
-            yield AnswerText(0, f"{self.model.name}: {text}")
-            yield DONE
-        finally:
-            self.busy -= 1
-
-    async def _serve(self) -> None:
-        async with serving("tcp:127.0.0.1:0", self.secret, self, self.status) as address:
-            self._address.set_result(address)
-            await asyncio.Event().wait()
-
-
-class FakeLauncher:
-    def __init__(self) -> None:
-        self.workers: list[FakeWorker] = []
-        self.stopped = 0
-        self.load_errors: list[GallamaError] = []
-        self.bad_workers = 1
-        self.may_load = asyncio.Event()
-        self.may_load.set()
-
-    async def launch(self, model: ResolvedModel) -> RunningWorker:
-        self.workers.append(FakeWorker(model, self))
-        return self.workers[-1]
-
-
-def model(name: str = "m", aliases: tuple[str, ...] = (), **values: Any) -> ResolvedModel:
-    spec = ModelSpec.model_validate({"model_id": name, "backend": "scripted", **values})
-    return ResolvedModel(name=name, aliases=aliases, path=Path(name), spec=spec)
-
-
-@contextlib.asynccontextmanager
-async def running(
-    *to_load: ResolvedModel,
-    on_demand: tuple[ResolvedModel, ...] = (),
-    launcher: FakeLauncher | None = None,
-    strict: bool = False,
-) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(to_load, on_demand, strict=strict, launcher=launcher or FakeLauncher())
-    pool.start()
-    try:
-        yield pool
-    finally:
-        await pool.close()
-
-
-def ask(pool: WorkerPool, text: str = "hi", name: str = "m") -> AsyncGenerator[ChatEvent, None]:
-    return pool.chat(ChatRequest(request_id="r", model=name, messages=(Message(role="user", content=text),)))
-
-
-async def answer(pool: WorkerPool, text: str = "hi", name: str = "m") -> list[ChatEvent]:
-    async with aclosing(ask(pool, text, name)) as events:
-        return [event async for event in events]
-
-
-async def text_of(pool: WorkerPool, text: str = "hi", name: str = "m") -> str:
-    return "".join(event.text for event in await answer(pool, text, name) if isinstance(event, AnswerText))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  no event tells of what another task counts
-            await asyncio.sleep(0.001)
+from tests.pool.fake_workers import DONE, FakeLauncher, answer, ask, model, running, text_of, until
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +82,7 @@ class TestNames:
 
     def test_an_alias_that_means_two_models_is_refused(self) -> None:
         for models in ([model("a", ("x",)), model("b", ("x",))], [model("a", ("b",)), model("b")]):
-            with pytest.raises(InvalidConfig, match="alias"):
+            with pytest.raises(InvalidConfig, match="belongs to two models"):
                 WorkerPool(models)
 
 
@@ -328,9 +193,9 @@ class TestDeath:
             assert await text_of(pool, "die before") == "m: die before"
         assert len(launcher.workers) == 2
 
-    async def test_a_request_is_not_asked_a_third_time(self) -> None:
+    async def test_a_request_that_ends_every_worker_is_given_up(self) -> None:
         launcher = FakeLauncher()
-        launcher.bad_workers = 2
+        launcher.bad_workers = MAX_TRIES
         async with running(model(), launcher=launcher) as pool:
             with pytest.raises(WorkerDied):
                 await answer(pool, "die before")
@@ -357,25 +222,12 @@ class TestDeath:
         launcher = FakeLauncher()
         async with running(model(), launcher=launcher) as pool:
             await pool.settled()
-            endpoint = pool._queues["m"].supervisors[0].endpoint
-            assert endpoint is not None
-            pool._queues["m"].supervisors[0].suspect(endpoint)
+            supervised = pool._queues["m"].instances[0].supervisor
+            assert supervised.endpoint is not None
+            supervised.suspect(supervised.endpoint)
             assert pool.find("m").states == ("restarting",)
             assert await text_of(pool) == "m: hi"
         assert len(launcher.workers) == 1
-
-    async def test_a_worker_that_hangs_is_replaced(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        async def never_answers(_address: str, _secret: str) -> None:
-            await asyncio.Event().wait()
-
-        monkeypatch.setattr(supervisor, "PROBE_TIMEOUT_SECONDS", 0.05)
-        monkeypatch.setattr(supervisor, "PROBE_INTERVAL_SECONDS", 0.05)
-        launcher = FakeLauncher()
-        async with running(model(), launcher=launcher) as pool:
-            await pool.settled()
-            monkeypatch.setattr(supervisor, "ask_status", never_answers)
-            await until(lambda: len(launcher.workers) >= 2)
-            assert launcher.stopped >= 1
 
 
 class TestFailedLoads:

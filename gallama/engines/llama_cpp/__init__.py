@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gallama.config import ModelSpec
+from gallama.engines import ignore_progress
 from gallama.engines.llama_cpp import bindings
 from gallama.engines.llama_cpp.context import SequenceCache
 from gallama.engines.llama_cpp.draft_model import load_drafter
@@ -33,10 +34,13 @@ from gallama.engines.llama_cpp.scheduler import (
 )
 from gallama.engines.llama_cpp.speculation import Wish
 from gallama.errors import GallamaError, WorkerUnavailable
-from gallama.generation import EngineStatus, GeneratedChunk, GenerationRequest
+from gallama.generation import EngineStatus, GeneratedChunk, GenerationRequest, ReportProgress
+
+# Beside the weights of the model there are a vocabulary to read and a cache to be made.
+_PART_OF_WEIGHTS = 0.95
 
 
-def load(spec: ModelSpec, path: Path) -> LlamaCppEngine:
+def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_progress) -> LlamaCppEngine:
     """Load a GGUF file and compute a first token with it. Blocks for as long as that takes.
 
     Raises:
@@ -47,7 +51,11 @@ def load(spec: ModelSpec, path: Path) -> LlamaCppEngine:
     bindings.initialize()
     opened = ExitStack()
     with opened:
-        model = bindings.NativeModel(path, model_options(spec, options))
+        model = bindings.NativeModel(
+            path,
+            model_options(spec, options),
+            report_progress=lambda fraction: report_progress(_PART_OF_WEIGHTS * fraction),
+        )
         opened.callback(model.close)
         engine = LlamaCppEngine(model, spec, options, opened)
         engine.closing = opened.pop_all()
@@ -158,6 +166,11 @@ class LlamaCppEngine:
     def status(self) -> EngineStatus:
         return self._scheduler.status()
 
+    async def probe(self) -> None:
+        if self._is_closing:
+            raise WorkerUnavailable("The model is being unloaded.")
+        await asyncio.wrap_future(self._scheduler.probe(self._some_token()))
+
     async def close(self) -> None:
         self._is_closing = True
         await asyncio.to_thread(self._scheduler.close)
@@ -184,12 +197,15 @@ class LlamaCppEngine:
 
     def _warm_up(self) -> None:
         """Touch all weights once, so that the first request does not wait for the disk."""
-        start = self.vocabulary.start_token_id
-        token = self.vocabulary.end_token_id if start is None else start
+        token = self._some_token()
         self._context.warm_up(token)
         if self._drafter is not None:
             self._drafter.draft([Wish("warm-up", [token], 1)])
             self._drafter.forget("warm-up")
+
+    def _some_token(self) -> int:
+        start = self.vocabulary.start_token_id
+        return self.vocabulary.end_token_id if start is None else start
 
 
 def _shelf_tokens(options: LlamaCppOptions, for_context: bindings.ContextOptions) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,13 +119,26 @@ class ContextOptions:
 class NativeModel:
     """A loaded GGUF model."""
 
-    def __init__(self, path: Path, options: ModelOptions) -> None:
+    def __init__(
+        self, path: Path, options: ModelOptions, *, report_progress: Callable[[float], None] | None = None
+    ) -> None:
+        """
+        Args:
+            report_progress: told which part of the weights has been read, 0 to 1.
+
+        Raises:
+            ModelLoadFailed: llama.cpp refused the file, or there is too little memory.
+        """
         params = lib.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
         params.load_mode = _load_mode(options)
         split = (ctypes.c_float * max(max_gpus(), 1))(*options.gpu_split)
         if options.gpu_split:
             params.tensor_split = split
+        # Kept in a variable, as llama.cpp calls it for as long as it loads.
+        on_progress = _progress_callback(report_progress)
+        if on_progress is not None:
+            params.progress_callback = on_progress
         self._pointer = lib.llama_model_load_from_file(str(path).encode(), params)
         if not self._pointer:
             raise ModelLoadFailed(f"llama.cpp could not load {path}; its log lines say why.")
@@ -286,6 +299,17 @@ def _versions() -> str:
     library = Path(lib._lib._name).stat()
     parts = (gallama.__version__, llama_cpp.__version__, library.st_size, library.st_mtime_ns)
     return " ".join(map(str, parts))
+
+
+def _progress_callback(report_progress: Callable[[float], None] | None) -> Any:
+    if report_progress is None:
+        return None
+
+    def go_on(fraction: float, _: object) -> bool:
+        report_progress(fraction)
+        return True
+
+    return lib.llama_progress_callback(go_on)
 
 
 def _load_mode(options: ModelOptions) -> int:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gallama.engines.llama_cpp.bindings import KvCacheFull
+from gallama.engines.llama_cpp.bindings import DecodeFailed, KvCacheFull
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,30 @@ class SequenceCache:
             end += len(part.token_ids)
             rows.append([self._kv.logits(index) for index in range(end - part.logits, end)])
         return rows
+
+    def probe(self, token_id: int) -> None:
+        """Compute a token behind what an idle sequence holds, and forget it: what is kept stays.
+
+        Raises:
+            KvCacheFull, DecodeFailed: as `decode`.
+        """
+        sequence = min(
+            (each for each in self._sequences if not each.is_busy), key=lambda each: len(each.token_ids)
+        )
+        if not self.can_forget_partly:
+            self._shelve(sequence)
+        while True:
+            length = len(sequence.token_ids)
+            part = BatchPart(sequence, [token_id], logits=1)
+            try:
+                self._kv.decode(*_to_arrays([part]))
+                break
+            except KvCacheFull:
+                self._evict_one()
+        logits = self._kv.logits(0)
+        self._kv.forget(sequence.id, length)
+        if np.isnan(logits).any():
+            raise DecodeFailed("what was computed are no numbers")
 
     @property
     def shares_cells(self) -> bool:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -90,6 +90,22 @@ Sink = Callable[[Sequence[tuple[Job, Update]]], None]
 """Takes a step's updates for all jobs at once; called from the scheduler's thread."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """Somebody wants to know whether anything can be computed."""
+
+    token_id: int
+    computed: Future[None] = field(default_factory=Future)
+
+    def answer(self, error: BaseException | None) -> None:
+        if not self.computed.set_running_or_notify_cancel():
+            return  # nobody waits any more
+        if error is None:
+            self.computed.set_result(None)
+        else:
+            self.computed.set_exception(GallamaError(f"The model cannot be computed: {error}"))
+
+
 @dataclass(slots=True, eq=False)
 class _Slot:
     """A job that has a sequence of its own."""
@@ -147,6 +163,7 @@ class _Part:
 class Counts:
     """Since the start, over all requests."""
 
+    steps: int = 0
     sampled_tokens: int = 0
     forced_tokens: int = 0
     drafted_tokens: int = 0
@@ -192,7 +209,8 @@ class Scheduler:
         self._drafter = drafter
         self._options = options
         self._sink = sink
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | _Probe | None] = queue.SimpleQueue()
+        self._probes: list[_Probe] = []
         self._waiting: deque[Job] = deque()
         self._slots: list[_Slot] = []
         self._preempted: deque[_Slot] = deque()
@@ -224,6 +242,15 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         self._inbox.put(job)
+
+    def probe(self, token_id: int) -> Future[None]:
+        """Compute the token and forget it, unless jobs are computed anyway; done once something was.
+
+        The future fails with what the computation raises.
+        """
+        probe = _Probe(token_id)
+        self._inbox.put(probe)
+        return probe.computed
 
     def cancel(self, job: Job) -> None:
         """End a job; its slot is free at the next step."""
@@ -263,6 +290,7 @@ class Scheduler:
                 logger.exception("a step broke; %d answers are lost", len(self._slots))
                 self._start_over(GallamaError("The answer could not be generated any further."))
             self._publish()
+            self._answer_probes()
         self._end_all()
 
     def _end_all(self) -> None:
@@ -274,6 +302,8 @@ class Scheduler:
         for job in self._waiting:
             self._tell(job, error)
         self._publish()
+        for probe in self._probes:
+            probe.answer(error)
 
     def _receive(self) -> None:
         """Take new jobs; with nothing to do, sleep until one comes."""
@@ -284,7 +314,9 @@ class Scheduler:
         while may_sleep or not self._inbox.empty():
             job = self._inbox.get()
             may_sleep = False
-            if job is not None:
+            if isinstance(job, _Probe):
+                self._probes.append(job)
+            elif job is not None:
                 self._waiting.append(job)
 
     def _drop_cancelled(self) -> None:
@@ -389,6 +421,7 @@ class Scheduler:
             logger.exception("a batch failed; %d answers are lost", len(self._slots))
             self._start_over(GallamaError("The model could not be computed any further."))
             return
+        self._counts.steps += 1
         whole = [part for part in parts if part.is_last]
         self._masks.compute([part.slot.job.request.state for part in whole])
         rows = [part_rows for part_rows in self._cache.logits(batch) if part_rows]
@@ -397,6 +430,23 @@ class Scheduler:
         for index, part in enumerate(whole):
             fail = partial(self._finish, part.slot)
             self._guard(partial(self._write, part, rows[index], index), fail)
+
+    def _answer_probes(self) -> None:
+        probes, self._probes = self._probes, []
+        for probe in probes:
+            probe.answer(None if self._slots else self._computes(probe.token_id))
+
+    def _computes(self, token_id: int) -> BaseException | None:
+        """Compute a token while there is nothing else to do; what went wrong with it."""
+        try:
+            self._take_cores()
+            self._cache.probe(token_id)
+        except BaseException as error:
+            logger.exception("a token for nobody could not be computed")
+            self._start_over(GallamaError("The model could not be computed any further."))
+            return error
+        self._counts.steps += 1
+        return None
 
     def _decode(self, parts: list[_Part]) -> list[BatchPart]:
         """Compute the parts, those of answers without their drafts where there is no room for these.

@@ -13,15 +13,20 @@ import socket
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+import psutil
 
 import gallama
 from gallama.catalog import ResolvedModel
 from gallama.errors import ModelLoadFailed, ReportedError
 from gallama.wire import LoadFailed, Loading, Ready, WorkerOrder, WorkerReport
+
+if TYPE_CHECKING:
+    from gallama.pool.gpus import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -33,33 +38,40 @@ _MAX_LINE_BYTES = 16 * 1024
 _LAST_OUTPUT_SECONDS = 0.5
 # The kernel's limit is 108 bytes on Linux and 104 on macOS, the end mark included.
 _MAX_SOCKET_PATH_BYTES = 100
+_SECRETS = frozenset({"GALLAMA_API_KEYS", "GALLAMA_ADMIN_KEYS", "GALLAMA_KEYS_FILE"})
 _REPORTS: msgspec.json.Decoder[WorkerReport] = msgspec.json.Decoder(WorkerReport)
 
 
 class LocalLauncher:
     """Starts `python -m gallama.worker`, with the spec's own interpreter where it names one."""
 
-    async def launch(self, model: ResolvedModel) -> LocalWorker:
+    async def launch(self, model: ResolvedModel, placement: Placement | None = None) -> LocalWorker:
         directory = _make_directory(model.name)
+        spec = model.spec if placement is None else placement.applied_to(model.spec)
         order = WorkerOrder(
             model_name=model.name,
             model_path=str(model.path),
-            spec=model.spec.model_dump_json(),
+            spec=spec.model_dump_json(),
             address=_choose_address(directory),
             secret=secrets.token_hex(32),
             log_level=logger.getEffectiveLevel(),
         )
         python = model.spec.python or sys.executable
+        process = _WorkerProcess(model.name)
         try:
-            _, process = await asyncio.get_running_loop().subprocess_exec(
-                lambda: _WorkerProcess(model.name),
+            await asyncio.get_running_loop().subprocess_exec(
+                lambda: process,
                 *(python, "-P", "-m", "gallama.worker"),
-                env=_worker_environment(own_interpreter=model.spec.python is not None),
-                # Ctrl-C in a terminal must not end the workers before the gateway has let their streams end.
+                env=_worker_environment(model, {} if placement is None else placement.environment),
+                # For one thing, what it starts can be ended with it. For another, Ctrl-C in a terminal must
+                # not end the workers before the gateway has let their streams end.
                 start_new_session=True,
             )
-        except OSError as error:
+        except BaseException as error:
+            process.kill()
             shutil.rmtree(directory, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise ModelLoadFailed(f"{model.name}: cannot start {python!r}: {error.strerror}.") from error
         process.give_order(order)
         return LocalWorker(model.name, process, order.secret, directory)
@@ -73,12 +85,21 @@ class LocalWorker:
         self._model_name = model_name
         self._process = process
         self._directory = directory
+        self._stopping: asyncio.Task[None] | None = None
 
     @property
     def process_id(self) -> int:
         return self._process.process_id
 
-    async def ready(self) -> Ready:
+    def memory_bytes(self) -> int:
+        try:
+            process = psutil.Process(self.process_id)
+            return sum(_resident_bytes(each) for each in (process, *process.children(recursive=True)))
+        except psutil.Error:
+            return 0
+
+    async def ready(self, on_progress: Callable[[float], None]) -> Ready:
+        self._process.on_progress = on_progress
         ends: set[asyncio.Future[Any]] = {self._process.report, self._process.exit}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not self._process.report.done():
@@ -92,17 +113,35 @@ class LocalWorker:
         return await asyncio.shield(self._process.exit)
 
     async def stop(self) -> None:
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        try:
+            await asyncio.shield(self._stopping)
+        except asyncio.CancelledError:
+            self._process.kill()
+            await asyncio.wait({self._stopping})
+            raise
+
+    async def _stop(self) -> None:
         for end in (self._process.close_input, self._process.terminate, self._process.kill):
             if self._process.exit.done():
                 break
             end()
             await asyncio.wait({self._process.exit}, timeout=STOP_SECONDS)
+        self._process.kill()
         self._process.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _why_it_ended_early(self, how: str) -> str:
-        last_words = "\n".join(self._process.last_lines)
+        last_words = " | ".join(self._process.last_lines)
         return f"{self._model_name}: the worker {how} before its model was loaded. {last_words}".strip()
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:  # it has just ended, or is another user's
+        return 0
 
 
 class _WorkerProcess(asyncio.SubprocessProtocol):
@@ -113,6 +152,7 @@ class _WorkerProcess(asyncio.SubprocessProtocol):
         self.report: asyncio.Future[Ready | LoadFailed] = loop.create_future()
         self.exit: asyncio.Future[str] = loop.create_future()
         self.last_lines: deque[str] = deque(maxlen=_KEPT_LOG_LINES)
+        self.on_progress: Callable[[float], None] | None = None
         self._model_name = model_name
         self._transport: asyncio.SubprocessTransport | None = None
         self._open_outputs = {1, 2}
@@ -133,8 +173,14 @@ class _WorkerProcess(asyncio.SubprocessProtocol):
             self._running_transport().terminate()
 
     def kill(self) -> None:
+        """End it, and all that it has started, even where it has ended itself."""
+        if self._transport is None:
+            return
+        # It leads a group of its own, which has its number for as long as one of them lives.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process_id, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
-            self._running_transport().kill()
+            self._transport.kill()
 
     def close(self) -> None:
         self._running_transport().close()
@@ -182,7 +228,10 @@ class _WorkerProcess(asyncio.SubprocessProtocol):
         except msgspec.DecodeError:
             logger.warning("[%s] not a report: %s", self._model_name, _printable(line))
             return
-        if not isinstance(report, Loading) and not self.report.done():
+        if isinstance(report, Loading):
+            if self.on_progress is not None and not self.report.done():
+                self.on_progress(min(max(report.fraction, 0.0), 1.0))
+        elif not self.report.done():
             self.report.set_result(report)
 
     def _running_transport(self) -> asyncio.SubprocessTransport:
@@ -208,12 +257,13 @@ def _choose_address(directory: str) -> str:
     return "tcp:127.0.0.1:0"
 
 
-def _worker_environment(*, own_interpreter: bool) -> dict[str, str]:
+def _worker_environment(model: ResolvedModel, additions: Mapping[str, str]) -> dict[str, str]:
     """The gateway's environment, without its keys; the worker finds gallama where the gateway found it."""
-    environment = {name: value for name, value in os.environ.items() if name != "GALLAMA_API_KEYS"}
+    environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    environment |= additions
     assert gallama.__file__ is not None
     folder = Path(gallama.__file__).parent.parent
-    if own_interpreter or folder.name in ("site-packages", "dist-packages"):
+    if model.spec.python is not None or folder.name in ("site-packages", "dist-packages"):
         return environment
     paths = [str(folder), environment.get("PYTHONPATH", "")]
     return environment | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
