@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from gallama import event_loop
-from gallama.api import explain, health, models, openai_chat
-from gallama.api.auth import KeyCheck, LoopbackCheck
+from gallama.api import explain, health, management, models, openai_chat
+from gallama.api.auth import KeyCheck, LimitCheck, LoopbackCheck
 from gallama.api.error_answers import answer_errors
+from gallama.api.http_protocol import IDLE_SECONDS, SurplusCheck, protocol_for, watch_connections
+from gallama.api.keys import KeyRing
+from gallama.api.open_files import make_room
+from gallama.api.request_bodies import MAX_BODIES, BodyRoom
 from gallama.api.request_id import RequestIds
 from gallama.catalog import ResolvedModel
 from gallama.config import ServerConfig
@@ -24,25 +29,30 @@ from gallama.pool.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-SURFACES = (openai_chat.router, explain.router, models.router, health.router)
+SURFACES = (openai_chat.router, explain.router, models.router, management.router, health.router)
 """Everything that answers requests."""
-
-DRAIN_SECONDS = 10
-"""How long streams may go on after the first Ctrl-C."""
 
 
 def create_app(pool: WorkerPool, config: ServerConfig) -> FastAPI:
-    """The application; whoever makes it starts and closes the pool."""
+    """The application; whoever makes it starts and closes the pool.
+
+    Raises:
+        InvalidConfig: the keys file is not there or wrong.
+    """
     # No pages of documentation: they load scripts from other servers.
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.pool = pool
     app.state.config = config
+    app.state.keys = KeyRing(config)
+    app.state.body_room = BodyRoom(MAX_BODIES * config.max_body_bytes)
     for router in SURFACES:
         app.include_router(router)
     answer_errors(app)
     # The one added last sees a request first.
-    app.add_middleware(KeyCheck, api_keys=config.api_keys)
+    app.add_middleware(LimitCheck)
+    app.add_middleware(KeyCheck, keys=app.state.keys)
     app.add_middleware(LoopbackCheck, host=config.host)
+    app.add_middleware(SurplusCheck)
     app.add_middleware(RequestIds)
     return app
 
@@ -56,20 +66,23 @@ def run_gateway(
         The exit status: 1 when none of `models_to_load` could be loaded.
 
     Raises:
-        InvalidConfig: the address cannot be listened on, or the models' names clash.
+        InvalidConfig: the address cannot be listened on, the models' names clash, the keys file is wrong,
+            or the system does not allow as many connections as asked for.
     """
-    pool = WorkerPool(models_to_load, models_on_demand, strict=config.strict)
+    pool = WorkerPool(models_to_load, models_on_demand, config=config)
     with _bind(config.host, config.port) as listener:
         return event_loop.run(_serve(pool, config, listener))
 
 
 async def _serve(pool: WorkerPool, config: ServerConfig, listener: socket.socket) -> int:
+    max_connections = make_room(config)
     server = _Server(
         uvicorn.Config(
             create_app(pool, config),
             # One parser everywhere, one that bounds the headers, and that does not lose the body of a request
             # which offers to go on in another protocol: Java's clients offer HTTP/2.
-            http="h11",
+            http=protocol_for(max_connections),
+            timeout_keep_alive=IDLE_SECONDS,
             ws="none",
             lifespan="off",
             access_log=False,
@@ -77,18 +90,20 @@ async def _serve(pool: WorkerPool, config: ServerConfig, listener: socket.socket
             log_level="warning",
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_graceful_shutdown=math.ceil(config.drain_seconds),
         )
     )
     logging.getLogger("uvicorn.error").addFilter(_is_not_our_own_cut)
     pool.start()
     watching = asyncio.create_task(_stop_if_nothing_loads(pool, server))
+    at_the_door = asyncio.create_task(watch_connections(server.server_state.connections))
     try:
         print(f"gallama listens on {_url(listener)}", flush=True)
         await server.serve(sockets=[listener])
         return 1 if watching.done() and watching.result() else 0
     finally:
         watching.cancel()
+        at_the_door.cancel()
         await pool.close()
 
 

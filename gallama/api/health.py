@@ -9,7 +9,8 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gallama.pool.pool import ServedModel, WorkerPool
+from gallama.pool.pool import WorkerPool
+from gallama.pool.views import ServedModel
 
 router = APIRouter()
 

@@ -9,7 +9,8 @@ from starlette.requests import Request
 
 from gallama.api.error_answers import shown
 from gallama.errors import ModelNotFound
-from gallama.pool.pool import ServedModel, WorkerPool
+from gallama.pool.pool import WorkerPool
+from gallama.pool.views import ServedModel
 
 router = APIRouter()
 
@@ -22,11 +23,19 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/{name:path}")
 async def get_model(request: Request, name: str) -> dict[str, Any]:
-    pool: WorkerPool = request.app.state.pool
+    return _to_model(find_exactly(request.app.state.pool, name, param="model"))
+
+
+def find_exactly(pool: WorkerPool, name: str, *, param: str) -> ServedModel:
+    """The model with this name or alias; no other answers in its place, as one does to a question.
+
+    Raises:
+        ModelNotFound: there is none.
+    """
     for model in pool.models:
         if name == model.name or name in model.aliases:
-            return _to_model(model)
-    raise ModelNotFound(f"No model is called {shown(name)}.", param="model")
+            return model
+    raise ModelNotFound(f"No model is called {shown(name)}.", param=param)
 
 
 def _to_model(model: ServedModel) -> dict[str, Any]:
