@@ -11,6 +11,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gallama.logs import current_request_id
+
 logger = logging.getLogger(__name__)
 
 _POLLED_PATHS = ("/health", "/ready")
@@ -33,6 +35,7 @@ class RequestIds:
             return
         request_id = _choose_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
+        token = current_request_id.set(request_id)
         began = time.monotonic()
         status = 0
 
@@ -49,9 +52,8 @@ class RequestIds:
             is_quiet = status < 400 or scope["path"] in _POLLED_PATHS
             level = logging.DEBUG if is_quiet else logging.INFO
             seconds = time.monotonic() - began
-            logger.log(
-                level, "%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds
-            )
+            logger.log(level, "%s %r %d %.3f s", scope["method"], scope["path"], status, seconds)
+            current_request_id.reset(token)
 
 
 def _choose_id(asked: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from gallama.cli.check_config import check_config
 from gallama.cli.remote import describe_load, describe_ps, describe_stop, describe_unload
 from gallama.cli.serve import serve
 from gallama.errors import GallamaError
+from gallama.logs import log_to_stderr
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit status; 2 for what the user can put right, with the reason on stderr.
     """
     arguments = build_parser().parse_args(argv)
-    _log_to_stderr(is_verbose=arguments.verbose)
+    log_to_stderr(arguments.log_format, is_verbose=arguments.verbose)
     try:
         status: int = arguments.command(arguments)
     except GallamaError as error:
@@ -51,6 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         command.add_argument("-v", "--verbose", action="store_true", help="log more")
+        command.add_argument(
+            "--log-format", choices=("text", "json"), default="text", help="how to log; default text"
+        )
         describe(command)
     return parser
 
@@ -93,9 +96,3 @@ def _describe_run(parser: argparse.ArgumentParser) -> None:
 def _describe_check_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="default: the one `serve` reads")
     parser.set_defaults(command=check_config)
-
-
-def _log_to_stderr(*, is_verbose: bool) -> None:
-    """The only place that sets up logging. Other libraries report from warnings on."""
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("gallama").setLevel(logging.DEBUG if is_verbose else logging.INFO)
