@@ -18,28 +18,23 @@ from dataclasses import dataclass, field
 from gallama import __version__
 from gallama.catalog import ResolvedModel
 from gallama.conversation import ChatRequest
-from gallama.errors import ReportedError, WorkerBusy, WorkerUnavailable
-from gallama.pool.launchers import Launcher
-from gallama.pool.routing import InstanceLoad, RoutingPolicy
-from gallama.pool.supervisor import Endpoint, InstanceState, Supervisor
+from gallama.errors import (
+    DeadlineExceeded,
+    GallamaError,
+    ModelUnloaded,
+    ReportedError,
+    WorkerBusy,
+    WorkerUnavailable,
+)
+from gallama.pool.instance import Instance
+from gallama.pool.routing import RoutingPolicy, estimated_tokens, prefix_blocks
+from gallama.pool.supervisor import Endpoint
+from gallama.pool.ticket import Ticket
+from gallama.pool.views import InstanceState, ServedModel, Unloaded
 
-_COMING: frozenset[InstanceState] = frozenset({"ready", "starting", "restarting"})
 _MAX_RETRY_AFTER_SECONDS = 600
 _SERVICE_TIME_WEIGHT = 0.2
-
-
-@dataclass(slots=True)
-class Instance:
-    """One process that holds the model, or will."""
-
-    supervisor: Supervisor
-    capacity: int
-    busy: int = 0
-    served: int = 0
-
-    @property
-    def has_room(self) -> bool:
-        return self.supervisor.state == "ready" and self.busy < self.capacity
+_UNLOADING_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,66 +51,152 @@ class Slot:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    request: ChatRequest
+    blocks: Sequence[bytes]
+    tokens: int
+    """Of its prompt, as estimated."""
     slot: asyncio.Future[Slot] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class ModelQueue:
     """One model: its instances, and a line of requests, first come first served."""
 
-    def __init__(self, models: Sequence[ResolvedModel], launcher: Launcher, policy: RoutingPolicy) -> None:
-        """`models`: one entry for each instance; they share their name."""
-        self.model = models[0]
+    def __init__(
+        self,
+        model: ResolvedModel,
+        policy: RoutingPolicy,
+        *,
+        ask_for_load: Callable[[ModelQueue], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            model: what is told of it while it has no instance.
+            ask_for_load: called by a request that finds nothing loaded. It sets `is_queued`, or raises what
+                the request is to hear.
+            on_change: called after each change that may allow or ask for another.
+        """
         self.created = int(time.time())
-        identity = f"{__version__}\n{self.model.path}\n{self.model.spec.model_dump_json()}"
-        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
+        self._show(model)
+        self.instances: list[Instance] = []
+        self.is_queued = False
+        """It waits for room beside other models."""
+        self.is_yielding = False
+        """Others wait for its place: it ends what it has begun, and begins nothing."""
+        self.is_closing = False
+        """It is being taken away: nobody may wait for it."""
+        self.is_leaving = False
+        """Its processes are being ended to make room; who comes now waits for its return."""
+        self.last_used: float | None = None
+        """Seconds since 1970."""
+        self._loads = self._load_failures = self._restarts = 0
         self._policy = policy
-        self._instances = [
-            Instance(Supervisor(model, launcher, self._state_changed), model.spec.max_concurrent_requests)
-            for model in models
-        ]
-        self._queue_limit = sum(model.spec.queue_limit for model in models)
+        self._ask_for_load = ask_for_load
+        self._on_change = on_change
         self._waiting: deque[_Waiting] = deque()
+        self._waiting_tokens = 0
         self._service_seconds = 1.0
 
     @property
-    def supervisors(self) -> list[Supervisor]:
-        return [instance.supervisor for instance in self._instances]
-
-    @property
-    def states(self) -> list[InstanceState]:
-        return [supervisor.state for supervisor in self.supervisors]
-
-    @property
-    def is_ready(self) -> bool:
-        return "ready" in self.states
+    def name(self) -> str:
+        return self.model.name
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it was ever asked to load."""
-        return any(state != "unloaded" for state in self.states)
+        """Whether a process of it takes memory, or is about to."""
+        return any(instance.has_process for instance in self.instances)
 
     @property
-    def problem(self) -> str:
-        """Why it is not ready; "" when nothing went wrong."""
-        problems = [supervisor.problem for supervisor in self.supervisors if supervisor.problem is not None]
-        return problems[0].message if problems else ""
+    def is_wanted(self) -> bool:
+        """Whether it is loaded, or was to be."""
+        return self.is_queued or any(each.supervisor.state != "unloaded" for each in self.instances)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no instance of it is on its way up or down."""
+        return all(each.supervisor.state in ("ready", "failed", "unloaded") for each in self.instances)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether unloading it would hurt nobody, but those who know that they must wait."""
+        return self.busy == 0 and (self.is_yielding or not self._waiting)
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether it may have to make room for another model."""
+        return not (self.model.spec.pinned or self.is_leaving or self.is_closing) and self.is_settled
+
+    @property
+    def ready_since(self) -> float:
+        """When the last of its instances became ready, in seconds since 1970; 0 where none is."""
+        return max((each.supervisor.ready_since or 0.0 for each in self.instances), default=0.0)
 
     @property
     def busy(self) -> int:
-        return sum(instance.busy for instance in self._instances)
+        return sum(instance.busy for instance in self.instances)
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
+    def _show(self, model: ResolvedModel) -> None:
+        self.model = model
+        identity = f"{__version__}\n{model.path}\n{model.spec.model_dump_json()}"
+        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
+
+    def add(self, instance: Instance) -> None:
+        if not self.instances:
+            self._show(instance.model)
+        self.instances.append(instance)
+
+    def take_away(self, instance: Instance) -> None:
+        """It has no process any more, and is not to have one."""
+        self.instances.remove(instance)
+        self.changed()
+
+    def count(self, instance: Instance) -> None:
+        """Take note of a change of an instance's state."""
+        match instance.supervisor.state:
+            case "ready":
+                self._loads += instance.has_loaded_anew()
+            case "failed":
+                self._load_failures += 1
+            case "restarting":
+                self._restarts += instance.supervisor.problem is not None
+
     def wake(self) -> None:
         """Load what is not loaded, as far as failed starts allow it now."""
-        for supervisor in self.supervisors:
-            supervisor.wake()
+        for instance in self.instances:
+            instance.supervisor.wake()
+
+    def stay(self) -> None:
+        """Nobody waits for its place any more."""
+        self.is_yielding = False
+        self._assign()
+
+    async def unload(self, drain_seconds: float) -> list[Unloaded]:
+        """End every process of it, after what runs has ended or had so long to."""
+        processes = [instance for instance in self.instances if instance.has_process]
+        return list(await asyncio.gather(*(each.unload(drain_seconds) for each in processes)))
+
+    def refuse_all(self, error: GallamaError) -> None:
+        """Let all who wait hear the error."""
+        waiting, self._waiting = self._waiting, deque()
+        self._waiting_tokens = 0
+        for each in waiting:
+            if not each.slot.done():
+                each.slot.set_exception(error)
+
+    def changed(self) -> None:
+        """Something about its instances or its place among the models is not as before."""
+        if not self._may_become_ready():
+            self.refuse_all(self._unavailable())
+        self._assign()
+        self._on_change()
 
     @contextlib.asynccontextmanager
-    async def slot(self, request: ChatRequest, *, in_front: bool = False) -> AsyncIterator[Slot]:
+    async def slot(
+        self, request: ChatRequest, ticket: Ticket, *, in_front: bool = False
+    ) -> AsyncIterator[Slot]:
         """Wait for room, and hold it inside the context. Cancelling leaves the line.
 
         Args:
@@ -123,12 +204,14 @@ class ModelQueue:
 
         Raises:
             WorkerBusy: the line is full.
+            DeadlineExceeded: the ticket's deadline came first.
             WorkerUnavailable, or the worker's own error: no instance lives or is about to.
         """
         waiting = self._enter(request, in_front=in_front)
+        ticket.find_position = lambda: self._position(waiting)
         try:
-            slot = await waiting.slot
-        except asyncio.CancelledError:
+            slot = await self._wait(waiting, ticket.deadline)
+        except BaseException:
             self._abandon(waiting)
             raise
         began = time.monotonic()
@@ -137,74 +220,135 @@ class ModelQueue:
         finally:
             self._release(slot.instance, time.monotonic() - began)
 
+    async def _wait(self, waiting: _Waiting, deadline: float | None) -> Slot:
+        if deadline is None:
+            return await waiting.slot
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await waiting.slot
+        except TimeoutError:
+            raise DeadlineExceeded(f"The request waited for {self.name} until its time was over.") from None
+
+    def _position(self, waiting: _Waiting) -> int | None:
+        try:
+            return self._waiting.index(waiting) + 1
+        except ValueError:
+            return None
+
     def _enter(self, request: ChatRequest, *, in_front: bool) -> _Waiting:
-        self.wake()
+        self.last_used = time.time()
+        if self.is_closing:
+            raise ModelUnloaded(
+                f"{self.name} is being unloaded.", retry_after_seconds=_UNLOADING_RETRY_SECONDS
+            )
+        self._load_what_is_missing()
         if not self._may_become_ready():
             raise self._unavailable()
-        if not in_front and self.busy + self.waiting >= self._coming_slots() + self._queue_limit:
-            raise self._too_busy()
-        waiting = _Waiting(request)
+        waiting = _Waiting(prefix_blocks(request), estimated_tokens(request))
+        if not in_front:
+            self._check_room(waiting.tokens)
         enter: Callable[[_Waiting], None] = self._waiting.appendleft if in_front else self._waiting.append
         enter(waiting)
+        self._waiting_tokens += waiting.tokens
         self._assign()
+        self._on_change()
         return waiting
+
+    def _load_what_is_missing(self) -> None:
+        if not self.is_loaded and not self.is_leaving:
+            self._ask_for_load(self)
+            return
+        for instance in self.instances:
+            if instance.supervisor.state == "failed":
+                instance.supervisor.wake()
+
+    def _check_room(self, tokens: int) -> None:
+        """
+        Raises:
+            WorkerBusy: too many wait, or too much.
+        """
+        instances = [each for each in self.instances if each.is_coming] or self.instances
+        slots = sum(each.capacity for each in instances)
+        if self.busy + self.waiting >= slots + sum(each.model.spec.queue_limit for each in instances):
+            raise self._too_busy("as many as may", slots)
+        may_wait = sum(each.model.spec.queue_token_limit for each in instances)
+        if self._waiting and self._waiting_tokens + tokens > may_wait:
+            raise self._too_busy(f"with about {self._waiting_tokens} of at most {may_wait} tokens", slots)
 
     def _abandon(self, waiting: _Waiting) -> None:
         if waiting in self._waiting:
             self._waiting.remove(waiting)
+            self._waiting_tokens -= waiting.tokens
+            self._on_change()
         elif waiting.slot.done() and not waiting.slot.cancelled() and waiting.slot.exception() is None:
             # It got its slot in the very moment in which its client left.
             self._release(waiting.slot.result().instance, None)
 
     def _release(self, instance: Instance, service_seconds: float | None) -> None:
-        instance.busy -= 1
+        instance.give_back()
+        self.last_used = time.time()
         if service_seconds is not None:
             self._service_seconds += _SERVICE_TIME_WEIGHT * (service_seconds - self._service_seconds)
         self._assign()
-
-    def _state_changed(self) -> None:
-        if not self._may_become_ready():
-            while self._waiting:
-                waiting = self._waiting.popleft()
-                if not waiting.slot.done():
-                    waiting.slot.set_exception(self._unavailable())
-        self._assign()
+        self._on_change()
 
     def _assign(self) -> None:
         """Give free slots to those who wait, in their order."""
-        while self._waiting and (free := [i for i, each in enumerate(self._instances) if each.has_room]):
+        if self.is_yielding or self.is_closing or self.is_leaving:
+            return
+        while self._waiting and (free := [i for i, each in enumerate(self.instances) if each.has_room]):
             waiting = self._waiting.popleft()
+            self._waiting_tokens -= waiting.tokens
             if waiting.slot.done():
                 continue
-            instance = self._instances[self._policy(self._loads(free), waiting.request).index]
-            assert instance.supervisor.endpoint is not None
-            instance.busy += 1
-            instance.served += 1
-            waiting.slot.set_result(Slot(instance, instance.supervisor.endpoint))
+            instance = self.instances[self._choose(free, waiting.blocks)]
+            waiting.slot.set_result(Slot(instance, instance.take(waiting.blocks)))
 
-    def _loads(self, indexes: Sequence[int]) -> list[InstanceLoad]:
-        return [
-            InstanceLoad(index=i, busy=self._instances[i].busy, served=self._instances[i].served)
-            for i in indexes
-        ]
+    def _choose(self, free: Sequence[int], blocks: Sequence[bytes]) -> int:
+        if len(self.instances) == 1:
+            return free[0]
+        loads = [self.instances[index].load(index, blocks) for index in free]
+        return self._policy(loads).index
 
     def _may_become_ready(self) -> bool:
-        return self._coming_slots() > 0
-
-    def _coming_slots(self) -> int:
-        """The slots of all instances that live or are about to."""
-        return sum(each.capacity for each in self._instances if each.supervisor.state in _COMING)
+        return self.is_queued or self.is_leaving or any(each.is_coming for each in self.instances)
 
     def _unavailable(self) -> ReportedError | WorkerUnavailable:
-        for supervisor in self.supervisors:
-            if supervisor.problem is not None:
-                return ReportedError(supervisor.problem)
-        return WorkerUnavailable(f"No instance of {self.model.name} is running.")
+        for instance in self.instances:
+            if instance.supervisor.problem is not None:
+                return ReportedError(instance.supervisor.problem)
+        return WorkerUnavailable(f"No instance of {self.name} is running.")
 
-    def _too_busy(self) -> WorkerBusy:
-        seconds = math.ceil(self._service_seconds * (self.waiting + 1) / self._coming_slots())
+    def _too_busy(self, how_many: str, slots: int) -> WorkerBusy:
+        seconds = math.ceil(self._service_seconds * (self.waiting + 1) / max(slots, 1))
         return WorkerBusy(
-            f"{self.model.name} answers {self.busy} requests and {self.waiting} wait, as many as may; "
-            f"try again in about {seconds} s.",
+            f"{self.name} answers {self.busy} requests and {self.waiting} wait, {how_many};"
+            f" try again in about {seconds} s.",
             retry_after_seconds=min(max(seconds, 1), _MAX_RETRY_AFTER_SECONDS),
+        )
+
+    @property
+    def states(self) -> list[InstanceState]:
+        return [each.view(is_queued=self.is_queued).state for each in self.instances]
+
+    def view(self) -> ServedModel:
+        """What can be told of it now."""
+        spec = self.model.spec
+        return ServedModel(
+            name=self.name,
+            aliases=self.model.aliases,
+            model_type=spec.model_type,
+            backend=spec.backend,
+            path=str(self.model.path),
+            created=self.created,
+            fingerprint=self.fingerprint,
+            is_pinned=spec.pinned,
+            ttl_seconds=spec.ttl_seconds,
+            last_used=self.last_used,
+            instances=tuple(each.view(is_queued=self.is_queued) for each in self.instances),
+            waiting=self.waiting,
+            waiting_tokens=self._waiting_tokens,
+            loads=self._loads,
+            load_failures=self._load_failures,
+            restarts=self._restarts,
         )

@@ -179,7 +179,7 @@ class TestAdmission:
 
     async def test_two_instances_share_the_work(self) -> None:
         launcher = FakeLauncher()
-        async with running(model(), model(), launcher=launcher) as pool:
+        async with running(model(), model(), launcher=launcher, policy="least_busy") as pool:
             await pool.settled()
             for _ in range(4):
                 await answer(pool)

@@ -1,0 +1,55 @@
+"""Whether there is memory for a model, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import psutil
+
+from gallama.catalog import ResolvedModel
+from gallama.catalog.memory_need import MemoryNeed, estimate_memory
+from gallama.errors import GallamaError, NotEnoughMemory
+from gallama.pool.gpus import GpuInventory, Placement, place, without_promised
+
+_KEPT_NEEDS = 100
+
+
+class Memory:
+    """This machine's GPUs and main memory, beside what loads at the moment."""
+
+    def __init__(self, inventory: GpuInventory, placed: Callable[[], Iterable[Placement]]) -> None:
+        """`placed`: where those models go that are being loaded: it is taken, but not yet in use."""
+        self._inventory = inventory
+        self._placed = placed
+        self._needs: dict[tuple[Path, str], MemoryNeed] = {}
+
+    def place(self, model: ResolvedModel) -> Placement:
+        """The GPUs for a model.
+
+        Raises:
+            InvalidConfig: the model asks for a GPU that is not there, or for more than it has.
+            NotEnoughMemory: no GPUs have enough free memory.
+        """
+        need = self._need(model)
+        gpus = without_promised(self._inventory(), self._placed())
+        return place(model.spec, need.gpu_bytes, gpus, draft_bytes=need.draft_gpu_bytes)
+
+    def lacks(self, model: ResolvedModel) -> bool:
+        """Whether it is known that the model does not fit beside what is loaded."""
+        try:
+            placement = self.place(model)
+            return not placement.gpus and self._need(model).host_bytes > psutil.virtual_memory().available
+        except NotEnoughMemory:
+            return True
+        except GallamaError:
+            return False  # what is wrong with it, its loading tells
+
+    def _need(self, model: ResolvedModel) -> MemoryNeed:
+        """The estimate is made from the head of the file, which is not to be read at each look."""
+        key = (model.path, model.spec.model_dump_json())
+        if key not in self._needs:
+            while len(self._needs) >= _KEPT_NEEDS:
+                del self._needs[next(iter(self._needs))]
+            self._needs[key] = estimate_memory(model)
+        return self._needs[key]
