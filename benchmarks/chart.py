@@ -83,6 +83,11 @@ def from_gateway(figures: Any) -> Iterator[Finding]:
     yield Finding(what="gateway's processor time for a token", value=token / 1e3, unit=" ms", target=0.1)
 
 
+def from_routing(figures: Any) -> Iterator[Finding]:
+    what = f"prompt tokens computed, prefix_affinity / round_robin, {figures['conversations']} conversations"
+    yield Finding(what=what, value=figures["ratio"], target=figures["target"])
+
+
 def from_constraints(figures: Any) -> Iterator[Finding]:
     for row in figures["engines"]:
         what = f"a token under a schema, {row['engine']}"
@@ -104,6 +109,7 @@ READERS: Mapping[str, Callable[[Any], Iterator[Finding]]] = {
     "engine": from_engine,
     "speculative": from_speculative,
     "gateway": from_gateway,
+    "routing": from_routing,
     "constraints": from_constraints,
     "start_up": from_start_up,
     "threads": from_threads,

@@ -18,6 +18,7 @@ BENCHMARKS = (
     "engine",
     "speculative",
     "gateway",
+    "routing",
     "constraints",
     "start_up",
     "threads",

@@ -60,11 +60,13 @@ def settings(slots: int, **more: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serving_gallama(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Server]:
-    """A gateway with these models, by the names that clients use, ready."""
+def serving_gallama(
+    models: Mapping[str, Mapping[str, Any]], *, server: Mapping[str, Any] | None = None
+) -> Iterator[Server]:
+    """A gateway with these models, by the names that clients use, and these settings of its own, ready."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "model_config.yaml"
-        config.write_text(json.dumps(models))
+        config.write_text(json.dumps({"_server": server or {}, **models}))
         names = [part for name in models for part in ("-id", f"model_id={name}")]
         arguments = ["serve", "--config", str(config), "--port", "0", *names]
         with running([sys.executable, "-P", "-m", "gallama", *arguments]) as process:

@@ -11,7 +11,7 @@ from gallama.pool.routing.least_busy import pick_least_busy
 from gallama.pool.routing.policy import InstanceLoad
 
 UNEVEN_PART = 1 / 4
-"""Of its capacity: an instance with more requests than the least busy one by more than this is passed over."""
+"""Of its capacity: with more requests than the least busy one by more than that, it is passed over."""
 
 
 def pick_longest_prefix(instances: Sequence[InstanceLoad]) -> InstanceLoad:
