@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from gallama import event_loop
-from gallama.api import explain, health, management, models, openai_chat
+from gallama.api import explain, health, management, metrics, models, openai_chat, status_page
 from gallama.api.auth import KeyCheck, LimitCheck, LoopbackCheck
 from gallama.api.error_answers import answer_errors
 from gallama.api.http_protocol import IDLE_SECONDS, SurplusCheck, protocol_for, watch_connections
@@ -22,6 +23,8 @@ from gallama.api.keys import KeyRing
 from gallama.api.open_files import make_room
 from gallama.api.request_bodies import MAX_BODIES, BodyRoom
 from gallama.api.request_id import RequestIds
+from gallama.api.request_log import log_request
+from gallama.api.tracing import TraceParents, Tracing, start_tracing
 from gallama.catalog import ResolvedModel
 from gallama.config import ServerConfig
 from gallama.errors import InvalidConfig
@@ -29,12 +32,20 @@ from gallama.pool.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-SURFACES = (openai_chat.router, explain.router, models.router, management.router, health.router)
+SURFACES = (
+    openai_chat.router,
+    explain.router,
+    models.router,
+    management.router,
+    health.router,
+    metrics.router,
+    status_page.router,
+)
 """Everything that answers requests."""
 
 
-def create_app(pool: WorkerPool, config: ServerConfig) -> FastAPI:
-    """The application; whoever makes it starts and closes the pool.
+def create_app(pool: WorkerPool, config: ServerConfig, tracing: Tracing | None = None) -> FastAPI:
+    """The application; whoever makes it starts and closes the pool and the tracing.
 
     Raises:
         InvalidConfig: the keys file is not there or wrong.
@@ -45,6 +56,10 @@ def create_app(pool: WorkerPool, config: ServerConfig) -> FastAPI:
     app.state.config = config
     app.state.keys = KeyRing(config)
     app.state.body_room = BodyRoom(MAX_BODIES * config.max_body_bytes)
+    app.state.metrics = metrics.Metrics(lambda: pool.models)
+    app.state.status = status_page.Status(pool)
+    pool.add_observer(app.state.metrics.record)
+    pool.add_observer(log_request)
     for router in SURFACES:
         app.include_router(router)
     answer_errors(app)
@@ -54,6 +69,9 @@ def create_app(pool: WorkerPool, config: ServerConfig) -> FastAPI:
     app.add_middleware(LoopbackCheck, host=config.host)
     app.add_middleware(SurplusCheck)
     app.add_middleware(RequestIds)
+    if tracing is not None:
+        pool.add_observer(tracing.record)
+        app.add_middleware(TraceParents)
     return app
 
 
@@ -68,6 +86,7 @@ def run_gateway(
     Raises:
         InvalidConfig: the address cannot be listened on, the models' names clash, the keys file is wrong,
             or the system does not allow as many connections as asked for.
+        MissingExtra: traces are asked for, and what makes them is not installed.
     """
     pool = WorkerPool(models_to_load, models_on_demand, config=config)
     with _bind(config.host, config.port) as listener:
@@ -76,9 +95,10 @@ def run_gateway(
 
 async def _serve(pool: WorkerPool, config: ServerConfig, listener: socket.socket) -> int:
     max_connections = make_room(config)
+    tracing = start_tracing(os.environ)
     server = _Server(
         uvicorn.Config(
-            create_app(pool, config),
+            create_app(pool, config, tracing),
             # One parser everywhere, one that bounds the headers, and that does not lose the body of a request
             # which offers to go on in another protocol: Java's clients offer HTTP/2.
             http=protocol_for(max_connections),
@@ -105,6 +125,8 @@ async def _serve(pool: WorkerPool, config: ServerConfig, listener: socket.socket
         watching.cancel()
         at_the_door.cancel()
         await pool.close()
+        if tracing is not None:
+            await tracing.close()
 
 
 class _Server(uvicorn.Server):

@@ -43,21 +43,21 @@ class Tracing:
         """Make a span of a request that has ended; its parent is what `TraceParents` found."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
+        began = _nanoseconds(record.entered_at)
         span = self._tracer.start_span(
             f"chat {record.model}",
             kind=SpanKind.SERVER,
             attributes=_attributes(record),
-            start_time=_nanoseconds(record.entered_at),
+            start_time=began,
         )
         if record.instance is not None:
-            span.add_event("slot", timestamp=_nanoseconds(record.entered_at + record.queue_seconds))
+            span.add_event("slot", timestamp=began + _nanoseconds(record.queue_seconds))
         if record.first_token_seconds is not None:
-            at = _nanoseconds(record.entered_at + record.first_token_seconds)
-            span.add_event("first token", timestamp=at)
+            span.add_event("first token", timestamp=began + _nanoseconds(record.first_token_seconds))
         if record.error_code:
             span.set_attribute("error.type", record.error_code)
             span.set_status(Status(StatusCode.ERROR))
-        span.end(_nanoseconds(record.entered_at + record.seconds))
+        span.end(began + _nanoseconds(record.seconds))
 
     async def close(self) -> None:
         """Send what was not sent yet, as far as that takes no longer than a moment."""

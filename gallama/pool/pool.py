@@ -141,6 +141,15 @@ class WorkerPool:
         """The models that `start` loads, as far as they were not taken away since."""
         return [self._queues[name].view() for name in self._to_load if name in self._queues]
 
+    def add_observer(self, observer: Observer) -> None:
+        """Tell it of each request that ends from now on."""
+        self._observers.append(observer)
+
+    async def refresh(self) -> None:
+        """Ask the workers what they do: what is told of them is then of this moment."""
+        instances = [instance for queue in self._queues.values() for instance in queue.instances]
+        await asyncio.gather(*(instance.supervisor.refresh() for instance in instances))
+
     @property
     def recent_problems(self) -> list[Problem]:
         """The newest last."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _EXIT_NOTICE_SECONDS = 1.0
+_REFRESH_SECONDS = 0.5
 # Before its first word a worker imports its engine's libraries, from a cold disk maybe.
 _SILENT_LOAD_SECONDS = 60.0
 # Of the gateway, not of the worker that it could not reach.
@@ -204,6 +205,20 @@ class Supervisor:
         if endpoint is self.endpoint:
             self._change("restarting")
             self._suspected.set()
+
+    async def refresh(self) -> None:
+        """Have `status` and `memory_bytes` of this moment, if the worker tells them at once."""
+        worker, endpoint = self._worker, self.endpoint
+        if worker is None or endpoint is None:
+            return
+        try:
+            async with asyncio.timeout(_REFRESH_SECONDS):
+                status = await ask_status(endpoint.address, endpoint.secret)
+        except (TimeoutError, OSError):
+            return
+        memory_bytes = await asyncio.to_thread(worker.memory_bytes)
+        if self.endpoint is endpoint:
+            self.status, self.memory_bytes = status, memory_bytes
 
     async def unload(self) -> int:
         """End the process, whatever it is doing; the next wake loads the model anew.
