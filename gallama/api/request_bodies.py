@@ -7,10 +7,12 @@ takes less (numbers of 64 bits); all of these are refused here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -18,18 +20,25 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
 from gallama.api.error_answers import ClientLeft, shown
-from gallama.errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedValue
+from gallama.errors import InvalidRequest, RequestTimeout, RequestTooLarge, ServerFull, UnsupportedValue
 
 MAX_DEPTH = 128
 """Of objects and lists in each other."""
 SILENCE_SECONDS = 60.0
 """How long a client may pause in the middle of its body."""
+MIN_BYTES_PER_SECOND = 16 * 1024
+"""How fast a body must come, all in all, after its first `SILENCE_SECONDS`."""
+MAX_BODIES = 16
+"""So many bodies of the largest size may be in memory at the same time, or more of smaller ones."""
 
+_SMALL_BYTES = 64 * 1024
+_RETRY_SECONDS = 1
 _MAX_PATH_LENGTH = 200
 _PARSED_ASIDE_BYTES = 256 * 1024
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MIN_INTEGER, _MAX_INTEGER = -(2**63), 2**64 - 1
 
+T = TypeVar("T")
 Body = TypeVar("Body", bound="StrictBody")
 
 
@@ -47,19 +56,49 @@ class StrictBody(BaseModel):
         return {name: value for name, value in values.items() if value is not None or name not in known}
 
 
+class BodyRoom:
+    """The memory for bodies that are being read and parsed. Small ones, of which there cannot be more than
+    connections, always have some: nobody can lock others out by sending large ones."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._left = max_bytes
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """The room of one body: a function to be told how many bytes there are by now.
+
+        Raises:
+            ServerFull: from that function; others have taken all there is.
+        """
+        held = 0
+
+        def hold(total_bytes: int) -> None:
+            nonlocal held
+            wanted = max(total_bytes - _SMALL_BYTES, 0) - held
+            if wanted > self._left:
+                raise ServerFull(
+                    "The server reads as many large requests as it may; try again soon.",
+                    retry_after_seconds=_RETRY_SECONDS,
+                )
+            self._left -= wanted
+            held += wanted
+
+        try:
+            yield hold
+        finally:
+            self._left += held
+
+
 async def read_body(request: Request, body_type: type[Body], *, max_bytes: int) -> Body:
     """Read, parse and validate the body of a request.
 
     Raises:
         RequestTooLarge, RequestTimeout: it is too long, or does not arrive.
+        ServerFull: there is no room for it now.
         InvalidRequest: it is not JSON, or not what `body_type` describes; `param` is the path to the value.
         ClientLeft: the client hung up.
     """
-    _check_headers(request)
-    raw = await _read_bytes(request, max_bytes)
-    if len(raw) > _PARSED_ASIDE_BYTES:
-        return await asyncio.to_thread(parse_body, raw, body_type)
-    return parse_body(raw, body_type)
+    return await _read_and_parse(request, lambda raw: parse_body(raw, body_type), max_bytes)
 
 
 async def read_json(request: Request, *, max_bytes: int) -> Any:
@@ -67,14 +106,21 @@ async def read_json(request: Request, *, max_bytes: int) -> Any:
 
     Raises:
         RequestTooLarge, RequestTimeout: it is too long, or does not arrive.
+        ServerFull: there is no room for it now.
         InvalidRequest: it is not JSON.
         ClientLeft: the client hung up.
     """
+    return await _read_and_parse(request, parse_json, max_bytes)
+
+
+async def _read_and_parse(request: Request, parse: Callable[[bytes], T], max_bytes: int) -> T:
     _check_headers(request)
-    raw = await _read_bytes(request, max_bytes)
-    if len(raw) > _PARSED_ASIDE_BYTES:
-        return await asyncio.to_thread(parse_json, raw)
-    return parse_json(raw)
+    room: BodyRoom = request.app.state.body_room
+    with room.share() as hold:
+        raw = await _read_bytes(request, max_bytes, hold)
+        if len(raw) > _PARSED_ASIDE_BYTES:
+            return await asyncio.to_thread(parse, raw)
+        return parse(raw)
 
 
 def parse_body(raw: bytes, body_type: type[Body]) -> Body:
@@ -132,12 +178,13 @@ def _check_headers(request: Request) -> None:
         raise InvalidRequest("Content-Length is not a number.")
 
 
-async def _read_bytes(request: Request, max_bytes: int) -> bytes:
+async def _read_bytes(request: Request, max_bytes: int, hold: Callable[[int], None]) -> bytes:
     announced = int(request.headers.get("content-length", "0"))
     if announced > max_bytes:
         raise _too_large(max_bytes)
     body = bytearray()
     chunks = aiter(request.stream())
+    began = time.monotonic()
     try:
         while True:
             async with asyncio.timeout(SILENCE_SECONDS):
@@ -145,12 +192,26 @@ async def _read_bytes(request: Request, max_bytes: int) -> bytes:
             body += chunk
             if len(body) > max_bytes:
                 raise _too_large(max_bytes)
+            hold(len(body))
+            _check_pace(len(body), time.monotonic() - began)
     except StopAsyncIteration:
         return bytes(body)
     except TimeoutError:
         raise RequestTimeout(f"No more of the body came for {SILENCE_SECONDS:.0f} s.") from None
     except ClientDisconnect:
         raise ClientLeft from None
+
+
+def _check_pace(received_bytes: int, seconds: float) -> None:
+    """
+    Raises:
+        RequestTimeout: a body comes so slowly that it may never end.
+    """
+    if seconds > SILENCE_SECONDS + received_bytes / MIN_BYTES_PER_SECOND:
+        raise RequestTimeout(
+            f"The body comes too slowly: {received_bytes} bytes in {seconds:.0f} s; send at least"
+            f" {MIN_BYTES_PER_SECOND} bytes per second."
+        )
 
 
 def _too_large(max_bytes: int) -> RequestTooLarge:

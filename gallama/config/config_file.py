@@ -11,13 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
-
 from gallama.config.model_spec import ModelSpec, layer_values
 from gallama.config.problems import KeyPath, explain_unknown_key, validated
 from gallama.config.server_config import ServerConfig, ServerSettings
+from gallama.config.yaml_lines import Lines, line_of, read_yaml
 from gallama.errors import InvalidConfig
 
 FILE_NAMES = ("model_config.yaml", "model_config.yml")
@@ -67,10 +64,7 @@ class _Document:
 
     def locate(self, keys: KeyPath) -> str:
         """ "FILE, line 12, `mistral.cache_quant`"; a key without a line of its own has its parent's."""
-        path = tuple(keys)
-        ancestors = (path[:end] for end in range(len(path), -1, -1))
-        line = next(self.lines[ancestor] for ancestor in ancestors if ancestor in self.lines)
-        place = f"{self.path}, line {line}"
+        place = f"{self.path}, line {line_of(keys, self.lines)}"
         return f"{place}, `{'.'.join(map(str, keys))}`" if keys else place
 
     def locate_in(self, section: str) -> Callable[[KeyPath], str]:
@@ -105,39 +99,12 @@ class _Document:
         return validated(ModelSpec, values, self.locate_in(name))
 
 
-def _parse(path: Path) -> tuple[dict[Any, Any], dict[tuple[str | int, ...], int]]:
-    """The content of the file, and the line, from 1, of every key and list item by its path."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = YAML(typ="safe", pure=True).load(text)
-        tree = YAML(typ="safe", pure=True).compose(text)
-    except OSError as error:
-        raise InvalidConfig(f"The config file {path} cannot be read: {error.strerror}.") from None
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InvalidConfig(f"{path}, line {line}: this is not valid YAML: {error.problem}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise InvalidConfig(f"{path}: this is not valid YAML: {error}") from None
+def _parse(path: Path) -> tuple[dict[Any, Any], Lines]:
+    content, lines = read_yaml(path, "config file")
     if content is None:
-        return {}, {(): 1}
+        return {}, lines
     if not isinstance(content, dict):
         raise InvalidConfig(
             f"{path}: must be a mapping from model names to settings, not {type(content).__name__}"
         )
-    return content, {(): 1, **_lines_below((), tree)}
-
-
-def _lines_below(path: tuple[str | int, ...], node: Node) -> dict[tuple[str | int, ...], int]:
-    lines: dict[tuple[str | int, ...], int] = {}
-    for key, key_node, value_node in _children(node):
-        lines[(*path, key)] = key_node.start_mark.line + 1
-        lines |= _lines_below((*path, key), value_node)
-    return lines
-
-
-def _children(node: Node) -> list[tuple[str | int, Node, Node]]:
-    if isinstance(node, MappingNode):
-        return [(key.value, key, value) for key, value in node.value]
-    if isinstance(node, SequenceNode):
-        return [(index, item, item) for index, item in enumerate(node.value)]
-    return []
+    return content, lines
