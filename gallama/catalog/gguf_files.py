@@ -18,7 +18,7 @@ def find_gguf(path: Path) -> Path:
         InvalidConfig: it is no GGUF file, a part is missing, or the folder has none or several.
     """
     file = _only_model_in(path) if path.is_dir() else path
-    parts = _parts_of(file)
+    parts = parts_of(file)
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise InvalidConfig(f"{file} is split, and of its parts these are missing: {', '.join(missing)}.")
@@ -35,7 +35,8 @@ def model_name_of(path: Path) -> str:
     return part["name"] if part else path.stem
 
 
-def _parts_of(file: Path) -> list[Path]:
+def parts_of(file: Path) -> list[Path]:
+    """All parts of a split model, of which `file` is one; just the file where it is not split."""
     part = _PART.fullmatch(file.stem)
     if part is None:
         return [file]
@@ -48,7 +49,7 @@ def _only_model_in(folder: Path) -> Path:
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
     except OSError as error:
         raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
-    first_parts = {_parts_of(file)[0]: file for file in files}
+    first_parts = {parts_of(file)[0]: file for file in files}
     if not first_parts:
         raise InvalidConfig(f"The folder {folder} has no GGUF file, and this version serves GGUF files only.")
     if len(first_parts) > 1:

@@ -1,0 +1,180 @@
+"""What a model will take is told before it is loaded, and comes close to what it does take."""
+
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gallama.catalog import ResolvedModel, resolve_model
+from gallama.catalog.memory_need import MemoryNeed, estimate_memory
+from gallama.config import ServerConfig
+from gallama.engines.llama_cpp.options import choose_context_length, context_options, read_options
+from gallama.errors import InvalidConfig
+from gallama.pool.launchers.local import LocalLauncher
+
+# 30 layers with 3 heads for keys and values of 64 numbers each, in 2 bytes.
+SMOLLM2_CELL_BYTES = 30 * 3 * (64 + 64) * 2
+TOLERANCE = 1.25
+"""The factor within which the estimate is right."""
+
+GgufWriter = Callable[..., Path]
+
+
+def smollm2(**values: Any) -> ResolvedModel:
+    return resolve_model({"model_id": "smollm2-135m", **values}, ServerConfig())
+
+
+def need_of(file: Path, **values: Any) -> MemoryNeed:
+    return estimate_memory(resolve_model({"model_id": str(file), **values}, ServerConfig()))
+
+
+@pytest.fixture
+def write_gguf(tmp_path: Path) -> GgufWriter:
+    """Writes a model without tensors, of 4 layers and other sizes as told."""
+
+    def write(**changes: int | list[int]) -> Path:
+        sizes = {"block_count": 4, "context_length": 1024, "embedding_length": 64, **changes}
+        values = b"".join(_pair(f"x.{name.replace('__', '.')}", value) for name, value in sizes.items())
+        path = tmp_path / "model.gguf"
+        path.write_bytes(
+            struct.pack("<4sIQQ", b"GGUF", 3, 0, len(sizes) + 1)
+            + _text("general.architecture")
+            + struct.pack("<I", 8)
+            + _text("x")
+            + values
+        )
+        return path
+
+    return write
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def _pair(name: str, value: int | list[int]) -> bytes:
+    if isinstance(value, int):
+        return _text(name) + struct.pack("<II", 4, value)
+    return _text(name) + struct.pack(f"<IIQ{len(value)}I", 9, 4, len(value), *value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_seq_len": 2048},
+        {"max_seq_len": 2048, "cache_size": 32768},
+        {"cache_quant": "Q8"},
+        {"max_seq_len": 2048, "draft_model_id": "smollm2-135m"},
+    ],
+)
+async def test_the_estimate_comes_close_to_what_a_worker_takes(values: dict[str, Any]) -> None:
+    model = smollm2(**values)
+    worker = await LocalLauncher().launch(model)
+    try:
+        await worker.ready(lambda _: None)
+        taken = psutil.Process(worker.process_id).memory_info().rss
+    finally:
+        await worker.stop()
+    assert taken / TOLERANCE < estimate_memory(model).host_bytes < taken * TOLERANCE
+
+
+def test_the_estimate_counts_the_cells_that_the_engine_makes(write_gguf: GgufWriter) -> None:
+    rng = random.Random(0)
+    file = write_gguf(context_length=8192, attention__head_count=4)
+    cell_bytes = 4 * 64 * 2 * 2
+    for _ in range(200):
+        longest = rng.choice([None, rng.randint(1, 9000)])
+        values = {
+            "max_seq_len": longest,
+            "cache_size": rng.choice([None, (longest or 1) + rng.randint(0, 100_000)]),
+            "max_concurrent_requests": rng.randint(1, 40),
+            "backend_extra_args": {"kv_unified": True} if rng.random() < 0.3 else {},
+        }
+        model = resolve_model({"model_id": str(file), **values}, ServerConfig())
+        length = choose_context_length(model.spec, 8192)
+        made = context_options(model.spec, read_options(model.spec), length)
+        assert estimate_memory(model).model.cache_bytes == made.cells * cell_bytes, model.spec
+
+
+def test_an_engine_without_a_model_takes_nothing(tmp_path: Path) -> None:
+    need = need_of(tmp_path / "no-file", backend="scripted")
+    assert (need.host_bytes, need.gpu_bytes, need.shelf_bytes) == (0, 0, 0)
+
+
+def test_a_file_that_tells_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InvalidConfig, match="damaged or no language model"):
+        need_of(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(("quant", "part"), [("Q8", 34 / 64), ("Q4", 18 / 64)])
+def test_a_quantized_cache_is_smaller(quant: str, part: float) -> None:
+    whole = estimate_memory(smollm2()).model.cache_bytes
+    assert estimate_memory(smollm2(cache_quant=quant)).model.cache_bytes == whole * part
+
+
+def test_the_draft_model_is_told_apart() -> None:
+    need = estimate_memory(smollm2(draft_model_id="smollm2-135m", draft_cache_size=1024))
+    assert need.draft is not None
+    assert need.draft.cache_bytes == 1024 * SMOLLM2_CELL_BYTES
+    assert need.gpu_bytes == need.model.gpu_bytes + need.draft_gpu_bytes
+    assert need.draft_gpu_bytes == need.draft.total_bytes
+
+
+def test_all_of_a_model_goes_onto_gpus_unless_it_is_told_otherwise() -> None:
+    assert estimate_memory(smollm2()).gpu_bytes == estimate_memory(smollm2()).model.total_bytes
+
+
+def test_without_layers_on_gpus_nothing_goes_there() -> None:
+    assert estimate_memory(smollm2(backend_extra_args={"n_gpu_layers": 0})).gpu_bytes == 0
+
+
+def test_the_more_layers_on_gpus_the_more_goes_there() -> None:
+    sizes = [
+        estimate_memory(smollm2(backend_extra_args={"n_gpu_layers": layers})).gpu_bytes
+        for layers in (0, 1, 15, 31, 99)
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[-2] == sizes[-1] == estimate_memory(smollm2()).gpu_bytes
+
+
+def test_a_cache_in_main_memory_is_not_on_gpus() -> None:
+    need = estimate_memory(smollm2(backend_extra_args={"offload_kqv": False}))
+    assert need.gpu_bytes == need.model.total_bytes - need.model.cache_bytes
+
+
+def test_only_the_layers_with_keys_have_a_cache(write_gguf: GgufWriter) -> None:
+    heads = {"attention__head_count": 4, "attention__key_length": 8, "attention__value_length": 16}
+    per_head = 1024 * (8 + 16) * 2
+    need = need_of(write_gguf(attention__head_count_kv=[0, 2, 0, 1], **heads))
+    assert need.model.cache_bytes == 3 * per_head
+    need = need_of(write_gguf(attention__head_count_kv=2, full_attention_interval=4, **heads))
+    assert need.model.cache_bytes == 2 * per_head
+
+
+def test_a_model_with_states_has_one_for_each_sequence_and_layer(write_gguf: GgufWriter) -> None:
+    file = write_gguf(attention__head_count=0, wkv__head_size=8)
+    sequences = 1 + 16
+    need = need_of(file, max_concurrent_requests=1)
+    assert need.model.cache_bytes == sequences * 4 * 64 * (8 + 2) * 4
+
+
+def test_a_window_keeps_cells_from_being_divided(write_gguf: GgufWriter) -> None:
+    values = {"cache_size": 5 * 1024, "max_concurrent_requests": 4}
+    divided = need_of(write_gguf(attention__head_count=4), **values).model.cache_bytes
+    shared = need_of(write_gguf(attention__head_count=4, attention__sliding_window=512), **values)
+    assert shared.model.cache_bytes == divided * 5 / 4
+
+
+def test_scores_are_kept_without_flash_attention() -> None:
+    without = smollm2(backend_extra_args={"flash_attn": False})
+    assert estimate_memory(without).model.compute_bytes > estimate_memory(smollm2()).model.compute_bytes
+
+
+def test_arguments_that_the_engine_will_refuse_do_not_matter() -> None:
+    wrong = smollm2(backend_extra_args={"n_ubatch": "many", "n_batch": {}, "n_gpu_layers": -7})
+    assert estimate_memory(wrong) == estimate_memory(smollm2())
