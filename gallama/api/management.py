@@ -19,10 +19,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gallama.api.error_answers import shown
+from gallama.api.keys import KeyRing
 from gallama.api.models import find_exactly
 from gallama.api.request_bodies import StrictBody, read_body, read_json
 from gallama.catalog import UNKNOWN_MODEL, ResolvedModel, resolve_model
 from gallama.catalog.embedded import installed_embedded
+from gallama.catalog.memory_need import MemoryNeed, estimate_memory
 from gallama.config import ModelSpec, ServerConfig
 from gallama.config.problems import explain_unknown_key
 from gallama.errors import InvalidConfig, InvalidRequest, ModelNotFound, NotAllowed, NotSupported
@@ -62,8 +64,9 @@ async def add_models(request: Request) -> Response:
     """Begin to load one model, or a list of them; `task_status` tells how far it is."""
     config: ServerConfig = request.app.state.config
     pool: WorkerPool = request.app.state.pool
+    keys: KeyRing = request.app.state.keys
     specs = _specs_in(await read_json(request, max_bytes=MAX_BODY_BYTES))
-    if not config.admin_keys:
+    if not keys.has_admin_keys:
         _refuse_interpreters(specs)
     models = await asyncio.to_thread(_resolve_all, specs, config)
     with _refused_as_request(""):
@@ -265,31 +268,35 @@ def _find_available(config: ServerConfig) -> dict[str, dict[str, Any]]:
     for name in (*config.models, *installed_embedded()):
         try:
             model = resolve_model({"model_id": name}, config)
+            need = estimate_memory(model)
         except InvalidConfig as error:
             available[name] = {"name": name, "problem": error.message}
         else:
-            available.setdefault(model.name, _to_available(model))
+            available.setdefault(model.name, _to_available(model, need))
     return available
 
 
-def _to_available(model: ResolvedModel) -> dict[str, Any]:
+def _to_available(model: ResolvedModel, need: MemoryNeed) -> dict[str, Any]:
     return {
         "name": model.name,
         "aliases": list(model.aliases),
         "model_type": model.spec.model_type,
         "backend": model.spec.backend,
         "path": str(model.path),
+        "memory_need_bytes": need.host_bytes,
         "problem": None,
     }
 
 
 def _to_known(model: ServedModel) -> dict[str, Any]:
+    """As `_to_available`, for a model that was loaded by its path."""
     return {
         "name": model.name,
         "aliases": list(model.aliases),
         "model_type": model.model_type,
         "backend": model.backend,
         "path": model.path,
+        "memory_need_bytes": None,
         "problem": None,
     }
 

@@ -175,7 +175,7 @@ def _until_ended(gateway: GatewayClient, task: dict[str, Any]) -> dict[str, Any]
     """The task once it has ended; tells on stderr how far it is."""
     told = ""
     while task["status"] in ("queued", "loading"):
-        progress = f"{task['status']}, {task['progress']:.0%}"
+        progress = f"{task['status']}, {int(task['progress'] * 10) * 10}%"
         if progress != told:
             print(progress, file=sys.stderr, flush=True)
             told = progress

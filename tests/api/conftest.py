@@ -142,6 +142,12 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
         yield start
 
 
+@pytest.fixture(scope="session")
+def serving_gateway() -> Callable[..., contextlib.AbstractContextManager[Gateway]]:
+    """`serving`, for fixtures that tests of one file or class share."""
+    return serving
+
+
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": -2}}\n</tool_call>'
 SHARED_MODELS: Mapping[str, Mapping[str, Any]] = {
     "echo": {"aliases": ["parrot"]},
