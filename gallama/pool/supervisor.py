@@ -252,7 +252,7 @@ class Supervisor:
             await asyncio.wait({life})
         except asyncio.CancelledError:
             self._end_life(life)
-            await asyncio.wait({life})
+            await _until_done(life)
             raise
         finally:
             self._life = None
@@ -431,6 +431,15 @@ class Supervisor:
         else:
             self._unloaded.clear()
         self._on_change()
+
+
+async def _until_done(task: asyncio.Task[None]) -> None:
+    """Wait for a task that is ending; to be cancelled meanwhile makes it hurry, and ends no wait."""
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            task.cancel()
 
 
 def _must_make_progress(status: WorkerStatus) -> bool:

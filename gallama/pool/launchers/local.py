@@ -115,12 +115,15 @@ class LocalWorker:
     async def stop(self) -> None:
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
-        try:
-            await asyncio.shield(self._stopping)
-        except asyncio.CancelledError:
-            self._process.kill()
-            await asyncio.wait({self._stopping})
-            raise
+        was_cancelled = False
+        while not self._stopping.done():
+            try:
+                await asyncio.wait({self._stopping})
+            except asyncio.CancelledError:
+                was_cancelled = True
+                self._process.kill()
+        if was_cancelled:
+            raise asyncio.CancelledError
 
     async def _stop(self) -> None:
         for end in (self._process.close_input, self._process.terminate, self._process.kill):
