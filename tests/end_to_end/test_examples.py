@@ -124,6 +124,14 @@ def test_the_first_tool_call_is_guaranteed(output_of: Any, gateway_url: str) -> 
     assert (guarantee["kind"], guarantee["valid"], guarantee["complete"]) == ("tools", True, True)
 
 
+def test_a_model_is_loaded_asked_and_unloaded(output_of: Any) -> None:
+    output = output_of("manage_models.py")
+    loaded = re.findall(r"^Loaded:  (\S+), instance \d+, \d+ MB$", output, re.MULTILINE)
+    assert loaded == ["smollm2-135m", "second"]
+    assert re.search(r"^Answer:  \S", output, re.MULTILINE)
+    assert re.search(r"^Removed: second, which gave back [1-9]\d+ MB$", output, re.MULTILINE)
+
+
 @pytest.fixture
 def ended_process_id() -> int:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
