@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from gallama.api.client_presence import unless_client_left
 from gallama.api.openai_chat import collect, read_chat_request
+from gallama.api.tickets import ticket_of
 from gallama.conversation import Explanation
 from gallama.pool.pool import WorkerPool
 
@@ -22,9 +23,10 @@ router = APIRouter()
 async def explain_chat_completion(http_request: Request) -> Response:
     """Takes the body of a chat request as it is; whether it streams makes no difference here."""
     pool: WorkerPool = http_request.app.state.pool
+    ticket = ticket_of(http_request)
     _, request = await read_chat_request(http_request)
     dry_run = msgspec.structs.replace(request, dry_run=True)
-    reply = await unless_client_left(http_request.receive, collect(pool, dry_run))
+    reply = await unless_client_left(http_request.receive, collect(pool, dry_run, ticket))
     assert reply.explanation is not None, "a dry run explains"
     return JSONResponse(_to_body(reply.explanation, request.model))
 

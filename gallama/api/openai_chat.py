@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,36 +12,44 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gallama.api.client_presence import unless_client_left
+from gallama.api.client_presence import cancel_all, unless_client_left
 from gallama.api.openai_chat_reply import ReplyHead, guarantee_header, to_chunks, to_completion
 from gallama.api.openai_chat_request import ChatCompletionBody, to_chat_request
 from gallama.api.request_bodies import read_body
 from gallama.api.request_id import request_id_of
-from gallama.api.server_sent_events import EventStream
+from gallama.api.server_sent_events import KEEP_ALIVE, EventStream
+from gallama.api.tickets import check_may_ask, ticket_of
 from gallama.config import ServerConfig
 from gallama.conversation import ChatEvent, ChatRequest, Failure, Reply, collect_reply
 from gallama.errors import ReportedError
 from gallama.pool.pool import WorkerPool
+from gallama.pool.ticket import Ticket
 
 router = APIRouter()
+
+PATIENCE_SECONDS = 2.0
+"""A stream that is not accepted by then begins, with comments on its place in the line; what goes wrong after
+that is an event of the stream, no status."""
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(http_request: Request) -> Response:
     pool: WorkerPool = http_request.app.state.pool
+    ticket = ticket_of(http_request)
     body, request = await read_chat_request(http_request)
     head = ReplyHead(
         id=f"chatcmpl-{secrets.token_hex(16)}",
         model=request.model,
-        fingerprint=pool.find(request.model).fingerprint,
+        fingerprint=pool.identify(request.model).fingerprint,
         wants_logprobs=request.logprobs is not None,
         return_thinking=body.return_thinking,
     )
     if body.stream:
-        events = await unless_client_left(http_request.receive, _accepted_events(pool, request))
+        asking = await unless_client_left(http_request.receive, _accepted(pool, request, ticket))
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(to_chunks(events, head, include_usage=include_usage))
-    reply = await unless_client_left(http_request.receive, collect(pool, request))
+        chunks = to_chunks(asking.events(), head, include_usage=include_usage)
+        return EventStream(chunks, source=asking, comment=lambda: _comment_on(ticket))
+    reply = await unless_client_left(http_request.receive, collect(pool, request, ticket))
     return JSONResponse(to_completion(reply, head), headers=guarantee_header(reply))
 
 
@@ -53,28 +62,60 @@ async def read_chat_request(http_request: Request) -> tuple[ChatCompletionBody, 
     config: ServerConfig = http_request.app.state.config
     pool: WorkerPool = http_request.app.state.pool
     body = await read_body(http_request, ChatCompletionBody, max_bytes=config.max_body_bytes)
-    model = pool.find(body.model).name
+    model = pool.identify(body.model).name
+    check_may_ask(http_request, model)
+    check_may_ask(http_request, model)
     return body, to_chat_request(body, request_id=request_id_of(http_request), model=model)
 
 
-async def collect(pool: WorkerPool, request: ChatRequest) -> Reply:
+async def collect(pool: WorkerPool, request: ChatRequest, ticket: Ticket) -> Reply:
     """The whole answer to a request."""
-    async with aclosing(pool.chat(request)) as events:
+    async with aclosing(pool.chat(request, ticket)) as events:
         return await collect_reply(events)
 
 
-async def _accepted_events(pool: WorkerPool, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
-    """The events after the first: until that one has come, an error can still be a status.
+class _Asking:
+    """A request that is under way. Whoever has it closes it."""
 
-    Raises:
-        GallamaError: the request was not accepted.
-    """
-    events = pool.chat(request)
-    try:
-        first = await anext(events)
-        if isinstance(first, Failure):
+    def __init__(self, events: AsyncGenerator[ChatEvent, None]) -> None:
+        self._events = events
+        self._first = asyncio.create_task(anext(events))
+
+    async def until_accepted(self, patience_seconds: float) -> None:
+        """Wait for the first event, but not for ever: until it has come, an error can still be a status.
+
+        Raises:
+            GallamaError: the request was not accepted.
+        """
+        await asyncio.wait({self._first}, timeout=patience_seconds)
+        if self._first.done() and isinstance(first := self._first.result(), Failure):
             raise ReportedError(first.error)
+
+    async def events(self) -> AsyncGenerator[ChatEvent, None]:
+        yield await self._first
+        async for event in self._events:
+            yield event
+
+    async def aclose(self) -> None:
+        await cancel_all(self._first)
+        await self._events.aclose()
+
+
+async def _accepted(pool: WorkerPool, request: ChatRequest, ticket: Ticket) -> _Asking:
+    """
+    Raises:
+        GallamaError: the request was refused.
+    """
+    asking = _Asking(pool.chat(request, ticket))
+    try:
+        await asking.until_accepted(PATIENCE_SECONDS)
     except BaseException:
-        await events.aclose()
+        await asking.aclose()
         raise
-    return events
+    return asking
+
+
+def _comment_on(ticket: Ticket) -> str:
+    """What the client of a silent stream is told."""
+    position = ticket.position
+    return KEEP_ALIVE if position is None else f"queue position {position}"

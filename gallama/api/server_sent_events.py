@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -24,15 +24,19 @@ KEEP_ALIVE_SECONDS = 15.0
 UNREAD_SECONDS = 60.0
 """A client that takes nothing for so long, though it has not hung up, is left: others wait for its place."""
 
+KEEP_ALIVE = "keep-alive"
 _LOOKS = 8
 """How often such a time is looked at while it passes."""
-_KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 def to_event(payload: Mapping[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+
+
+class Closable(Protocol):
+    async def aclose(self) -> object: ...
 
 
 class EventStream(Response):
@@ -45,17 +49,30 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[Mapping[str, Any], None]) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[Mapping[str, Any], None],
+        *,
+        source: Closable | None = None,
+        comment: Callable[[], str] = lambda: KEEP_ALIVE,
+    ) -> None:
+        """
+        Args:
+            source: where the chunks come from; closed with them, also where none was ever taken.
+            comment: one line to send when there has been nothing to send for a while.
+        """
         self.status_code = 200
         self.background = None
         self.init_headers(_HEADERS)
         self._chunks = chunks
+        self._source = source or chunks
+        self._comment = comment
         self._last_sent = time.monotonic()
         """When something was last sent, or began to be: see `_is_sending`."""
         self._is_sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._chunks):
+        async with aclosing(self._source), aclosing(self._chunks):
             writing = asyncio.create_task(self._write(send))
             watching = asyncio.create_task(self._watch(send))
             leaving = asyncio.create_task(client_left(receive))
@@ -72,6 +89,8 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await self._send(send, start)
+        if (comment := self._comment()) != KEEP_ALIVE:
+            await self._send(send, _body(_to_comment(comment)))
         try:
             async for chunk in self._chunks:
                 await self._send(send, _body(to_event(chunk)))
@@ -103,9 +122,13 @@ class EventStream(Response):
     async def _keep_alive(self, send: Send) -> None:
         try:
             async with asyncio.timeout(UNREAD_SECONDS):
-                await self._send(send, _body(_KEEP_ALIVE))
+                await self._send(send, _body(_to_comment(self._comment())))
         except TimeoutError:
             raise _UnreadStream from None
+
+
+def _to_comment(line: str) -> bytes:
+    return f": {line}\n\n".encode()
 
 
 def _body(content: bytes, *, more: bool = True) -> Message:

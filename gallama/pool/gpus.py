@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 GIGABYTE = 10**9
 CONTEXT_BYTES = 512 * 2**20
 """What a process takes on each GPU that it uses before it holds anything of a model."""
+ESTIMATE_TOLERANCE = 1.25
+"""By which factor a model may need more than the gigabytes that it is given: the need is an estimate."""
 UNEVEN_PART = 1 / 32
 """The part of a model that is kept free beside it on each GPU where it is split: layers are not divided."""
 
@@ -123,7 +125,8 @@ def place(
         environment: the gateway's own, whose CUDA_VISIBLE_DEVICES counts where no GPU is seen.
 
     Raises:
-        InvalidConfig: the spec names a GPU that is not there, or more memory than a GPU has.
+        InvalidConfig: the spec names a GPU that is not there, more memory than a GPU has, or much less
+            than the model needs: engines divide by the gigabytes, but none stops at them.
         NotEnoughMemory: with `auto`, the GPUs have too little free.
     """
     asked, drafts = _gigabytes(spec.gpus), _gigabytes(spec.draft_gpus)
@@ -132,6 +135,9 @@ def place(
         _check_indexes(spec, asked or (), drafts or (), len(devices))
     for gpu in gpus:
         _check_size(spec, _at(asked or (), gpu.index), _at(drafts or (), gpu.index), gpu)
+    if need_bytes is not None:
+        _check_enough(spec, "gpus", asked, need_bytes if drafts is None else need_bytes - draft_bytes)
+        _check_enough(spec, "draft_gpus", drafts, draft_bytes)
     if asked is not None:
         return _place_as_asked(asked, drafts, need_bytes, draft_bytes, devices)
     if not gpus:
@@ -162,6 +168,17 @@ def _check_size(spec: ModelSpec, asked: float, drafts: float, gpu: Gpu) -> None:
     raise InvalidConfig(
         f"model {_name(spec)!r}: {wanted} GB are asked for on GPU {gpu.index}, but it has"
         f" {gpu.total_bytes / GIGABYTE:.1f} GB ({gpu.name})."
+    )
+
+
+def _check_enough(spec: ModelSpec, key: str, given: tuple[float, ...] | None, need_bytes: int) -> None:
+    if not any(given or ()) or need_bytes <= sum(given or ()) * GIGABYTE * ESTIMATE_TOLERANCE:
+        return
+    what = "the draft model" if key == "draft_gpus" else "it"
+    raise InvalidConfig(
+        f"model {_name(spec)!r}: {what} needs about {need_bytes / GIGABYTE:.1f} GB of GPU memory, but `{key}`"
+        f" gives {sum(given or ()):g}. Give more, set a smaller `cache_size` or `cache_quant`, or put fewer"
+        " layers on GPUs (`backend_extra_args.n_gpu_layers`)."
     )
 
 
@@ -235,11 +252,16 @@ def _fewest_that_hold(spec: ModelSpec, need_bytes: int, usable: Mapping[int, int
         room += max(0, usable[index] - uneven)
         if room >= need_bytes:
             return by_room[:count]
-    each = ", ".join(f"GPU {index} {usable[index] / GIGABYTE:.1f}" for index in sorted(usable))
+    each = ", ".join(f"GPU {index} {usable[index] / GIGABYTE:.1f} GB" for index in sorted(usable))
     kept = f" and the {spec.reserve_vram:g} GB of `reserve_vram`" if spec.reserve_vram else ""
+    if_split = (
+        f" Split over several, it needs {uneven / GIGABYTE:.1f} GB more on each: layers are not divided."
+        if len(usable) > 1
+        else ""
+    )
     raise NotEnoughMemory(
-        f"{_name(spec)} needs {need_bytes / GIGABYTE:.1f} GB of GPU memory, and there are"
-        f" {sum(usable.values()) / GIGABYTE:.1f} GB: {each}, less what a process takes{kept}."
+        f"{_name(spec)} needs {need_bytes / GIGABYTE:.1f} GB of GPU memory. Less what a process takes{kept},"
+        f" there are free: {each}.{if_split}"
     )
 
 
@@ -270,7 +292,7 @@ def _expected(
 
 
 def _share(size: int, gigabytes: Sequence[float], place: int) -> int:
-    return math.ceil(size * gigabytes[place] / sum(gigabytes)) if any(gigabytes) else 0
+    return math.ceil(size * (gigabytes[place] / sum(gigabytes))) if any(gigabytes) else 0
 
 
 def _environment(used: Sequence[int], devices: Sequence[str] | None) -> dict[str, str]:

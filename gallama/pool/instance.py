@@ -212,6 +212,6 @@ class Instance:
     def _state(self, is_queued: bool) -> InstanceState:
         if is_queued and not self.has_process:
             return "queued"
-        if self.is_draining and self.supervisor.state != "stopping":
+        if self.is_draining and self.supervisor.state in _ALIVE:
             return "draining"
         return self.supervisor.state

@@ -90,7 +90,7 @@ class ServedModel:
     @property
     def is_loaded(self) -> bool:
         """Whether a process of it runs, or is about to."""
-        return any(state not in ("unloaded", "failed") for state in self.states)
+        return any(state not in ("unloaded", "queued", "failed") for state in self.states)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,7 @@ class FakeWorker:
         return await asyncio.shield(self._died)
 
     async def stop(self) -> None:
+        await self._launcher.may_stop.wait()
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
         self._launcher.stopped += 1
@@ -81,6 +82,8 @@ class FakeWorker:
             if text == "die before" and len(self._launcher.workers) <= self._launcher.bad_workers:
                 self.die()
                 await asyncio.sleep(1)
+            if text == "slow before":
+                await asyncio.sleep(0.3)
             yield Accepted(1)
             if text == "die after":
                 self.die()
@@ -106,6 +109,8 @@ class FakeLauncher:
         self.bad_workers = 1
         self.may_load = asyncio.Event()
         self.may_load.set()
+        self.may_stop = asyncio.Event()
+        self.may_stop.set()
 
     async def launch(self, model: ResolvedModel, placement: Placement | None = None) -> RunningWorker:
         self.workers.append(FakeWorker(model, self))

@@ -86,22 +86,6 @@ class TestNames:
                 WorkerPool(models)
 
 
-class TestOnDemand:
-    async def test_a_model_is_loaded_by_its_first_request(self) -> None:
-        launcher = FakeLauncher()
-        async with running(on_demand=(model("a"), model("b")), launcher=launcher) as pool:
-            assert pool.find("b").states == ("unloaded",)
-            assert await text_of(pool, name="b") == "b: hi"
-            assert [worker.model.name for worker in launcher.workers] == ["b"]
-
-    async def test_requests_at_once_share_one_load(self) -> None:
-        launcher = FakeLauncher()
-        async with running(on_demand=(model("a"),), launcher=launcher) as pool:
-            texts = await asyncio.gather(*(text_of(pool, name="a") for _ in range(5)))
-        assert texts == ["a: hi"] * 5
-        assert len(launcher.workers) == 1
-
-
 class TestAdmission:
     async def test_no_more_than_the_limit_run_at_the_same_time(self) -> None:
         launcher = FakeLauncher()

@@ -106,7 +106,9 @@ class LocalWorker:
             raise ModelLoadFailed(self._why_it_ended_early(self._process.exit.result()))
         report = self._process.report.result()
         if isinstance(report, LoadFailed):
-            raise ReportedError(report.error)
+            raise ReportedError(
+                msgspec.structs.replace(report.error, message=_printable(report.error.message))
+            )
         return report
 
     async def exited(self) -> str:
@@ -221,7 +223,7 @@ class _WorkerProcess(asyncio.SubprocessProtocol):
         if fd == 1:
             self._take_report(line)
             return
-        text = _printable(line)
+        text = _printable(line.decode(errors="replace"))
         self.last_lines.append(text)
         logger.info("[%s] %s", self._model_name, text)
 
@@ -229,7 +231,9 @@ class _WorkerProcess(asyncio.SubprocessProtocol):
         try:
             report = _REPORTS.decode(line)
         except msgspec.DecodeError:
-            logger.warning("[%s] not a report: %s", self._model_name, _printable(line))
+            logger.warning(
+                "[%s] not a report: %s", self._model_name, _printable(line.decode(errors="replace"))
+            )
             return
         if isinstance(report, Loading):
             if self.on_progress is not None and not self.report.done():
@@ -283,7 +287,7 @@ def _describe_exit(return_code: int | None) -> str:
         return f"was killed by signal {-return_code}"
 
 
-def _printable(line: bytes) -> str:
-    """A line that cannot change the terminal or forge a line of the log."""
-    text = line.decode(errors="replace").replace("\t", " ")
+def _printable(text: str) -> str:
+    """One line that cannot change the terminal or forge another line of the log."""
+    text = text.strip().replace("\t", " ").replace("\n", " | ")
     return "".join(character if character.isprintable() else "?" for character in text)[:_MAX_LINE_BYTES]
