@@ -29,7 +29,7 @@ from gallama.conversation import (
     ToolSpec,
     Usage,
 )
-from gallama.errors import ErrorReport
+from gallama.errors import ErrorReport, ReportedError
 from gallama.generation import SamplingSettings
 from gallama.wire import (
     MAX_FRAME_BYTES,
@@ -37,8 +37,12 @@ from gallama.wire import (
     ChatCall,
     Hello,
     Link,
+    Loading,
     StatusCall,
+    TokenCall,
+    WorkerReport,
     WorkerStatus,
+    ask_for_token,
     ask_status,
     connect,
     listen,
@@ -267,3 +271,43 @@ async def test_status_is_asked_and_told(address: str) -> None:
 async def test_nobody_there_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         await connect(f"unix:{tmp_path}/nobody")
+
+
+async def test_a_token_is_asked_for_and_the_status_is_told(address: str) -> None:
+    status = WorkerStatus(busy_slots=0, waiting=0, cached_tokens=0, steps=1)
+
+    async def answer(link: Link) -> None:
+        assert await receive_call(link, SECRET) == TokenCall()
+        await link.send(status)
+
+    async with answering(address, answer) as actual:
+        assert await ask_for_token(actual, SECRET) == status
+
+
+async def test_a_token_that_cannot_be_had_is_told_with_its_reason(address: str) -> None:
+    report = ErrorReport(status=500, type="server_error", code="internal_error", message="No GPU.")
+
+    async def answer(link: Link) -> None:
+        await receive_call(link, SECRET)
+        await link.send(Failure(report))
+
+    async with answering(address, answer) as actual:
+        with pytest.raises(ReportedError) as refused:
+            await ask_for_token(actual, SECRET)
+    assert refused.value.report() == report
+
+
+async def test_a_status_that_is_far_too_long_is_not_read(address: str) -> None:
+    async def answer(link: Link) -> None:
+        await receive_call(link, SECRET)
+        await link.send(AnswerText(0, "x" * 100_000))
+
+    async with answering(address, answer) as actual:
+        with pytest.raises(BrokenLink, match="at most 65536"):
+            await ask_status(actual, SECRET)
+
+
+def test_progress_of_a_load_is_a_line_of_json_and_may_be_left_out() -> None:
+    decode = msgspec.json.Decoder[WorkerReport](WorkerReport).decode
+    assert decode(msgspec.json.encode(Loading(0.5))) == Loading(0.5)
+    assert decode(b'{"type": "Loading"}') == Loading(0.0)

@@ -149,3 +149,33 @@ async def test_unknown_arguments_are_refused_by_name() -> None:
 async def test_loading_may_fail() -> None:
     with pytest.raises(ModelLoadFailed, match="no memory"):
         make(fail_at_load="no memory")
+
+
+def test_progress_of_a_load_grows_to_its_end() -> None:
+    told: list[float] = []
+    spec = ModelSpec.model_validate({"model_id": "any", "backend": "scripted"})
+    scripted.load(spec, Path("nowhere"), told.append)
+    assert told == sorted(told)
+    assert (told[0], len(told)) == (0.0, 100)
+
+
+async def test_its_steps_are_counted_while_it_answers() -> None:
+    engine = make(reply="abc")
+    stream = engine.generate(request_for(engine))
+    steps = [engine.status().steps]
+    async with aclosing(stream):
+        steps += [engine.status().steps async for _ in stream]
+    assert steps == [0, 1, 2, 3, 4]
+
+
+async def test_a_probe_is_a_step_and_leaves_no_slot_behind() -> None:
+    engine = make(slots=1)
+    await engine.probe()
+    assert engine.status().steps > 0
+    assert engine.status().busy_slots == 0
+
+
+async def test_a_probe_fails_where_each_answer_does() -> None:
+    engine = make(raise_after_tokens=0)
+    with pytest.raises(RuntimeError):
+        await engine.probe()

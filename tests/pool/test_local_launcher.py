@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from gallama.catalog import ResolvedModel
 from gallama.config import ModelSpec
 from gallama.conversation import AnswerText, ChatRequest, Message
 from gallama.errors import GallamaError, ModelLoadFailed
+from gallama.pool.gpus import Placement
 from gallama.pool.launchers.local import LocalLauncher, LocalWorker
 from gallama.wire import ask_status, stream_chat
 
@@ -149,10 +153,87 @@ async def test_what_a_worker_logs_stands_in_the_log_with_its_name(
     assert "r-9" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["GALLAMA_API_KEYS", "GALLAMA_ADMIN_KEYS", "GALLAMA_KEYS_FILE"])
 async def test_keys_do_not_reach_the_workers_environment(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("GALLAMA_API_KEYS", "top-secret")
+    monkeypatch.setenv(name, "top-secret")
     worker = await launch()
     await worker.ready(ignore_progress)
     assert b"top-secret" not in environment_of(worker.process_id)
+
+
+async def test_a_worker_sees_only_its_gpus_and_is_told_their_memory(tmp_path: Path) -> None:
+    program, told = tmp_path / "python", tmp_path / "told.json"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\norder = json.loads(sys.stdin.readline())\n"
+        f"json.dump([order, dict(os.environ)], open({str(told)!r}, 'w'))\n"
+    )
+    program.chmod(0o700)
+    model = scripted_model({}, python=str(program), gpus=[20, 0, 10])
+    placement = Placement(environment={"CUDA_VISIBLE_DEVICES": "0,2"}, split=(20.0, 10.0), gpus=(0, 2))
+    worker = await LocalLauncher().launch(model, placement)
+    await worker.exited()
+    await worker.stop()
+    order, environment = json.loads(told.read_text())
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0,2"
+    assert json.loads(order["spec"])["gpus"] == [20.0, 10.0]
+
+
+async def test_progress_of_a_load_is_told_and_kept_within_bounds(tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, sys, time\nsys.stdin.readline()\n"
+        "for fraction in (0.25, -3, 7):\n"
+        "    print(json.dumps({'type': 'Loading', 'fraction': fraction}), flush=True)\n"
+        "print('no report', flush=True)\n"
+        "print(json.dumps({'type': 'Ready', 'address': 'tcp::1', 'context_length': 9}), flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    program.chmod(0o700)
+    worker = await LocalLauncher().launch(scripted_model({}, python=str(program)))
+    told: list[float] = []
+    await worker.ready(told.append)
+    await worker.stop()
+    assert told == [0.25, 0.0, 1.0]
+
+
+async def test_what_is_told_of_a_failure_cannot_forge_a_line(launch: Launch) -> None:
+    worker = await launch(fail_at_load="bad\nERROR all is lost\x1b[2J")
+    with pytest.raises(GallamaError) as failed:
+        await worker.ready(ignore_progress)
+    assert failed.value.message.isprintable()
+
+
+async def test_a_launch_that_is_given_up_leaves_no_process_and_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = set(psutil.Process().children())
+    for turns in range(8):
+        launching = asyncio.create_task(LocalLauncher().launch(scripted_model({})))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        launching.cancel()
+        (worker,) = await asyncio.gather(launching, return_exceptions=True)
+        if isinstance(worker, LocalWorker):
+            await worker.stop()
+    assert os.listdir(tmp_path) == []
+    _, alive = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=5)
+    assert not alive
+
+
+async def test_the_memory_of_a_worker_counts_what_it_has_started(tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys, time\nsys.stdin.readline()\n"
+        "code = 'import time; held = bytes(range(256)) * 400_000; time.sleep(1000)'\n"
+        "subprocess.Popen([sys.executable, '-c', code])\ntime.sleep(1000)\n"
+    )
+    program.chmod(0o700)
+    worker = await LocalLauncher().launch(scripted_model({}, python=str(program)))
+    async with asyncio.timeout(20):
+        while worker.memory_bytes() < 100_000_000:  # noqa: ASYNC110  nothing tells that it has grown
+            await asyncio.sleep(0.02)
+    await worker.stop()
+    assert worker.memory_bytes() == 0

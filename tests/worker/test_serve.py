@@ -17,9 +17,9 @@ from gallama.conversation import (
     Message,
     Usage,
 )
-from gallama.errors import ContextLengthExceeded
+from gallama.errors import ContextLengthExceeded, GallamaError, ReportedError
 from gallama.generation import EngineStatus
-from gallama.wire import WorkerStatus, ask_status, connect, stream_chat
+from gallama.wire import Hello, TokenCall, WorkerStatus, ask_for_token, ask_status, connect, stream_chat
 from gallama.worker import serve
 from gallama.worker.serve import serving
 
@@ -75,6 +75,12 @@ def ask(address: str, task: str) -> AsyncGenerator[ChatEvent, None]:
 async def collect(address: str, task: str) -> list[ChatEvent]:
     async with aclosing(ask(address, task)) as events:
         return [event async for event in events]
+
+
+async def until_slow_readers(address: str, count: int) -> None:
+    async with asyncio.timeout(5):
+        while (await ask_status(address, SECRET)).slow_readers != count:  # noqa: ASYNC110  no event tells
+            await asyncio.sleep(0.01)
 
 
 async def test_events_of_the_runner_are_sent() -> None:
@@ -162,3 +168,64 @@ async def test_status_is_told_while_work_goes_on() -> None:
             accepted_draft_tokens=9,
         )
         await events.aclose()
+
+
+async def test_a_token_is_computed_before_the_status_is_told() -> None:
+    runner = ScriptedRunner()
+    computed = 0
+
+    async def probe() -> None:
+        nonlocal computed
+        computed += 1
+
+    async with serving(ADDRESS, SECRET, runner, runner.status, probe) as address:
+        status = await ask_for_token(address, SECRET)
+    assert (computed, status.cached_tokens) == (1, 5)
+
+
+async def test_an_engine_that_computes_no_token_is_told_with_its_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = ScriptedRunner()
+    errors: list[Exception] = [GallamaError("The GPU is lost."), ZeroDivisionError("private text")]
+
+    async def probe() -> None:
+        raise errors.pop(0)
+
+    async with serving(ADDRESS, SECRET, runner, runner.status, probe) as address:
+        with pytest.raises(ReportedError, match="The GPU is lost"):
+            await ask_for_token(address, SECRET)
+        with caplog.at_level(logging.ERROR), pytest.raises(ReportedError) as unexpected:
+            await ask_for_token(address, SECRET)
+    assert "private text" not in unexpected.value.message
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_hanging_up_ends_the_work_on_a_token() -> None:
+    runner = ScriptedRunner()
+    has_begun, has_ended = asyncio.Event(), asyncio.Event()
+
+    async def probe() -> None:
+        has_begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            has_ended.set()
+
+    async with serving(ADDRESS, SECRET, runner, runner.status, probe) as address:
+        link = await connect(address)
+        await link.send(Hello(SECRET))
+        await link.send(TokenCall())
+        await asyncio.wait_for(has_begun.wait(), 1)
+        link.close()
+        await asyncio.wait_for(has_ended.wait(), 1)
+
+
+async def test_answers_that_wait_for_their_reader_are_counted() -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        events = ask(address, "flood")
+        await anext(events)
+        await until_slow_readers(address, 1)
+        await events.aclose()
+        await until_slow_readers(address, 0)
