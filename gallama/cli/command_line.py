@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gallama
 from gallama.cli.check_config import check_config
+from gallama.cli.plan import describe_plan
 from gallama.cli.remote import describe_load, describe_ps, describe_stop, describe_unload
 from gallama.cli.serve import serve
 from gallama.errors import GallamaError
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("load", describe_load, "load a model into a running gateway"),
         ("unload", describe_unload, "unload a model of a running gateway, when its answers have ended"),
         ("stop", describe_stop, "unload a model, or one of its instances"),
+        ("plan", describe_plan, "estimate the memory that a model takes, and say whether it fits"),
         ("check-config", _describe_check_config, "say whether the config file is valid"),
     ):
         command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)

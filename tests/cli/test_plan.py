@@ -1,0 +1,117 @@
+"""`gallama plan`: what a model would take, and whether it fits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gallama.catalog import resolve_model
+from gallama.cli import main
+from gallama.cli.plan import Plan, lines, plan_memory, to_json
+from gallama.config import ServerConfig
+from gallama.errors import InvalidConfig
+from gallama.pool.gpus import GIGABYTE, Gpu
+
+NO_GPUS = "-1"
+
+
+@pytest.fixture(autouse=True)
+def _hidden_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", NO_GPUS)
+
+
+def planned(*free: float, main_memory: float = 8, **values: Any) -> Plan:
+    """The plan for the embedded model on GPUs with so many gigabytes free."""
+    gpus = [
+        Gpu(index=index, name="card", total_bytes=24 * GIGABYTE, free_bytes=int(size * GIGABYTE))
+        for index, size in enumerate(free)
+    ]
+    model = resolve_model({"model_id": "smollm2-135m", **values}, ServerConfig())
+    return plan_memory(model, gpus, int(main_memory * GIGABYTE))
+
+
+def test_a_model_that_fits_ends_with_status_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "smollm2-135m"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("smollm2-135m needs about:\n")
+    assert "weights          97 MB" in out
+    assert out.endswith("It fits.\n")
+
+
+def test_a_model_that_does_not_fit_ends_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = "cache_size=1000000000 backend_extra_args.kv_unified=true"
+    assert main(["plan", f"model_id=smollm2-135m {whole}"]) == 1
+    out = capsys.readouterr().out
+    assert "main memory: 23040." in out
+    assert out.endswith("which is too little\nIt does not fit.\n")
+
+
+def test_what_cannot_be_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "model_id=gone.gguf"]) == 2
+    assert "There is no model 'gone.gguf'" in capsys.readouterr().err
+    assert main(["plan", "model_id=smollm2-135m gpu=1"]) == 2
+    assert "unknown key `gpu`. Did you mean `gpus`?" in capsys.readouterr().err
+
+
+def test_the_plan_as_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "smollm2-135m", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    needs = told["needs"]
+    parts = ("weight_bytes", "cache_bytes", "compute_bytes", "draft_model_bytes", "process_bytes")
+    assert sum(needs[part] for part in parts) == needs["total_bytes"]
+    assert [memory["memory"] for memory in told["memories"]] == ["main memory"]
+    assert told["memories"][0]["needed_bytes"] == needs["total_bytes"]
+    assert (told["fits"], told["problem"]) == (True, "")
+
+
+def test_the_config_file_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("small: {model_id: smollm2-135m, max_seq_len: 256, cache_size: 256}\n")
+    assert main(["plan", "small", "--config", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["needs"]["cache_bytes"] == 256 * 23040
+
+
+def test_a_model_on_gpus_leaves_main_memory_to_the_process() -> None:
+    plan = planned(24, 20)
+    assert [share.memory for share in plan.shares] == ["GPU 0 (card)", "main memory"]
+    assert plan.shares[1].needed_bytes == plan.need.process_bytes
+    assert plan.fits
+
+
+def test_instances_are_placed_one_after_the_other() -> None:
+    plan = planned(2, 1.8, replicas=3)
+    assert [share.memory for share in plan.shares] == ["GPU 0 (card)", "GPU 1 (card)", "main memory"]
+    assert all(share.fits for share in plan.shares)
+    assert lines(plan)[0] == "smollm2-135m needs about, for each of its instances:"
+
+
+def test_the_instance_that_has_no_room_is_named() -> None:
+    plan = planned(2, replicas=3)
+    assert not plan.fits
+    assert plan.problem.startswith("Instance 3 of 3: smollm2-135m needs 0.3 GB of GPU memory")
+    assert lines(plan)[-1] == plan.problem
+    assert to_json(plan)["memories"] == []
+
+
+def test_gigabytes_that_are_asked_for_are_held_against_what_is_free() -> None:
+    plan = planned(24, 0.5, gpus="0,1")
+    assert not plan.fits
+    assert any("GPU 1 (card): " in line and line.endswith("too little") for line in lines(plan))
+
+
+def test_a_gpu_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(InvalidConfig, match="on GPU 1, but there are only 1"):
+        planned(24, gpus="0,1")
+
+
+def test_a_model_on_the_cpu_needs_main_memory() -> None:
+    plan = planned(24, gpus="0", main_memory=0.1)
+    assert [(share.memory, share.fits) for share in plan.shares] == [("main memory", False)]
+
+
+def test_an_engine_without_a_model_needs_nothing(tmp_path: Path) -> None:
+    model = resolve_model({"model_id": str(tmp_path), "backend": "scripted"}, ServerConfig())
+    plan = plan_memory(model, [], 0)
+    assert plan.fits
+    assert "total             0 MB" in "\n".join(lines(plan))
