@@ -43,7 +43,7 @@ def test_a_model_that_does_not_fit_ends_with_status_1(capsys: pytest.CaptureFixt
     whole = "cache_size=1000000000 backend_extra_args.kv_unified=true"
     assert main(["plan", f"model_id=smollm2-135m {whole}"]) == 1
     out = capsys.readouterr().out
-    assert "main memory: 23040." in out
+    assert "cache        23040.0 GB" in out
     assert out.endswith("which is too little\nIt does not fit.\n")
 
 
