@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from gallama.api.error_answers import shown
+from gallama.api.keys import caller_of
 from gallama.errors import ModelNotFound
 from gallama.pool.pool import WorkerPool
 from gallama.pool.views import ServedModel
@@ -17,13 +18,17 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
+    """Those that the caller's key opens."""
     pool: WorkerPool = request.app.state.pool
-    return {"object": "list", "data": [_to_model(model) for model in pool.models]}
+    caller = caller_of(request)
+    return {"object": "list", "data": [_to_model(model) for model in pool.models if caller.may_ask(model)]}
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(request: Request, name: str) -> dict[str, Any]:
-    return _to_model(find_exactly(request.app.state.pool, name, param="model"))
+    model = find_exactly(request.app.state.pool, name, param="model")
+    caller_of(request).check_model(model)
+    return _to_model(model)
 
 
 def find_exactly(pool: WorkerPool, name: str, *, param: str) -> ServedModel:

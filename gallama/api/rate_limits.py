@@ -99,7 +99,7 @@ class Account:
         most = self._limits.max_concurrent_requests
         if most is not None and self.running >= most:
             raise RateLimited(
-                f"This key may have {most} requests at the same time, and so many are running.",
+                f"As many requests of this key are running as may at the same time: {most}.",
                 retry_after_seconds=_RETRY_CONCURRENT_SECONDS,
             )
         _check(self._requests, "requests")

@@ -1,4 +1,4 @@
-"""`gallama check-config`: is the config file valid, and is every model there?"""
+"""`gallama check-config`: is the config file valid, is every model there, and is the keys file valid?"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 
 from gallama.catalog import known_models
 from gallama.config import default_config_path, find_config_file, read_config_file
+from gallama.config.keys_file import read_keys_file
 from gallama.errors import InvalidConfig
 
 
@@ -16,5 +17,7 @@ def check_config(arguments: argparse.Namespace) -> int:
         raise InvalidConfig(f"There is no {default_config_path(os.environ)}; `gallama serve` creates it.")
     config = read_config_file(file)
     known_models(config)
+    if config.keys_file is not None:
+        read_keys_file(config.keys_file)
     print(f"{file} is valid. Models: {', '.join(config.models) or 'none'}.")
     return 0

@@ -40,7 +40,7 @@ class Serving:
 
 def serve(arguments: argparse.Namespace) -> int:
     serving = plan_serving(arguments, os.environ)
-    if serving.config.host not in _LOOPBACK and not serving.config.api_keys:
+    if serving.config.host not in _LOOPBACK and not serving.config.asks_for_keys:
         logger.warning("Whoever reaches %s can use the server: no API key is set", serving.config.host)
     # The gateway's libraries take half a second to import: other commands do without them.
     from gallama.api.app import run_gateway

@@ -72,3 +72,8 @@ class ServerConfig(ServerSettings):
     """The keys of `_global`, for models that the config file does not name."""
     file: Path | None = None
     """The config file that was read."""
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether requests must carry a key."""
+        return bool(self.api_keys or self.admin_keys or self.keys_file)

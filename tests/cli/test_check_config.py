@@ -37,3 +37,13 @@ def test_what_is_wrong_ends_with_status_2(
     path.write_text(text)
     assert main(["check-config", str(path)]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_the_keys_file_is_checked_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, keys = tmp_path / "mine.yaml", tmp_path / "keys.yaml"
+    path.write_text(f"_server: {{keys_file: {keys}}}\n")
+    keys.write_text("- name: office\n  key: secret\n  rpm: 5\n")
+    assert main(["check-config", str(path)]) == 2
+    assert f"{keys}, line 3: unknown setting" in capsys.readouterr().err
+    keys.write_text("- {name: office, key: secret}\n")
+    assert main(["check-config", str(path)]) == 0
