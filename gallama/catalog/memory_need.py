@@ -6,7 +6,7 @@
 | cache | for each cell, in each layer with keys and values: heads x (key + value length) x bytes a number |
 | states | for each sequence, in each other layer: its state in 4 bytes a number |
 | compute | see `_compute_bytes`: what is between the layers for one micro-batch, and the logits |
-| shelf | as much as the cache's cells of finished texts are kept in main memory, and no more |
+| shelf | finished texts in main memory: as many tokens as the cache has, a quarter where cells are divided |
 
 Numbers take 2 bytes in an FP16 cache, 34/32 in Q8 and 18/32 in Q4, which have a scale for each 32.
 """
@@ -120,6 +120,8 @@ class _Context:
     sequences: int
     outputs: int
     """Tokens of one batch whose logits may be wanted."""
+    shelf_tokens: int
+    """Of finished texts, kept beside the cache."""
 
 
 class _Settings:
@@ -131,7 +133,7 @@ class _Settings:
             self._whole("n_ubatch", _MICRO_BATCH_TOKENS), self._whole("n_batch", _MICRO_BATCH_TOKENS)
         )
         self.shelf_tokens = self._whole("shelf_tokens", -1)
-        """-1: as many as there are cells."""
+        """-1: by rule."""
         gpu_layers = self._whole("n_gpu_layers", -1)
         self.gpu_layers = None if gpu_layers < 0 else gpu_layers
         """None: all."""
@@ -150,12 +152,15 @@ def _plan_context(spec: ModelSpec, settings: _Settings, metadata: GgufMetadata) 
     cells = max(_round_up(spec.cache_size or 0), length)
     cannot_divide = metadata.has_window or metadata.state_length > 0
     shares_cells = settings.shares_cells or cannot_divide or cells < slots * length
+    cells = cells if shares_cells else slots * length
     sequences = slots + _IDLE_SEQUENCES if shares_cells else slots
+    shelf_tokens = cells if shares_cells else max(length, cells // 4)
     return _Context(
-        cells=cells if shares_cells else slots * length,
+        cells=cells,
         cells_of_one=cells if shares_cells else length,
         sequences=sequences,
         outputs=sequences + (_MOST_DRAFTED_TOKENS if spec.speculation != "off" else 0),
+        shelf_tokens=shelf_tokens if settings.shelf_tokens < 0 else settings.shelf_tokens,
     )
 
 
@@ -169,12 +174,11 @@ def _need_of(
     cache_bytes = context.cells * cell_bytes + context.sequences * _state_bytes(metadata)
     compute_bytes = _compute_bytes(metadata, context, settings)
     movable = metadata.tensor_bytes + (0 if settings.keeps_cache_in_main_memory else cache_bytes)
-    shelf_tokens = context.cells if settings.shelf_tokens < 0 else settings.shelf_tokens
     return ModelNeed(
         weight_bytes=metadata.tensor_bytes,
         cache_bytes=cache_bytes,
         compute_bytes=compute_bytes,
-        shelf_bytes=shelf_tokens * cell_bytes,
+        shelf_bytes=context.shelf_tokens * cell_bytes,
         gpu_bytes=math.ceil(movable * part_on_gpus) + compute_bytes if part_on_gpus else 0,
     )
 

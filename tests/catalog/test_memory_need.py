@@ -12,6 +12,7 @@ import pytest
 from gallama.catalog import ResolvedModel, resolve_model
 from gallama.catalog.memory_need import MemoryNeed, estimate_memory
 from gallama.config import ServerConfig
+from gallama.engines.llama_cpp import _shelf_tokens
 from gallama.engines.llama_cpp.options import choose_context_length, context_options, read_options
 from gallama.errors import InvalidConfig
 from gallama.pool.launchers.local import LocalLauncher
@@ -82,7 +83,7 @@ async def test_the_estimate_comes_close_to_what_a_worker_takes(values: dict[str,
     assert taken / TOLERANCE < estimate_memory(model).host_bytes < taken * TOLERANCE
 
 
-def test_the_estimate_counts_the_cells_that_the_engine_makes(write_gguf: GgufWriter) -> None:
+def test_the_estimate_counts_the_cells_and_the_shelf_that_the_engine_makes(write_gguf: GgufWriter) -> None:
     rng = random.Random(0)
     file = write_gguf(context_length=8192, attention__head_count=4)
     cell_bytes = 4 * 64 * 2 * 2
@@ -92,12 +93,15 @@ def test_the_estimate_counts_the_cells_that_the_engine_makes(write_gguf: GgufWri
             "max_seq_len": longest,
             "cache_size": rng.choice([None, (longest or 1) + rng.randint(0, 100_000)]),
             "max_concurrent_requests": rng.randint(1, 40),
-            "backend_extra_args": {"kv_unified": True} if rng.random() < 0.3 else {},
+            "backend_extra_args": rng.choice([{}, {}, {"kv_unified": True}, {"shelf_tokens": 1000}]),
         }
         model = resolve_model({"model_id": str(file), **values}, ServerConfig())
         length = choose_context_length(model.spec, 8192)
         made = context_options(model.spec, read_options(model.spec), length)
-        assert estimate_memory(model).model.cache_bytes == made.cells * cell_bytes, model.spec
+        need = estimate_memory(model).model
+        assert need.cache_bytes == made.cells * cell_bytes, model.spec
+        kept = _shelf_tokens(read_options(model.spec), made)
+        assert need.shelf_bytes == kept * cell_bytes, model.spec
 
 
 def test_an_engine_without_a_model_takes_nothing(tmp_path: Path) -> None:
