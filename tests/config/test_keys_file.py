@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
 
-from gallama.config.keys_file import MAX_FILE_BYTES, read_keys_file
+from gallama.config.keys_file import MAX_FILE_BYTES, KeyEntry, read_keys_file
 from gallama.errors import InvalidConfig
 
 SECRET = "hunter2-secret"
@@ -113,3 +114,17 @@ def test_an_entry_shows_no_key(tmp_path: Path) -> None:
     shown = repr(read_keys_file(path))
     assert SECRET not in shown
     assert DIGEST not in shown
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs/keys.md").read_text()
+
+
+def test_the_example_of_the_document_is_valid(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(DOCUMENT.partition("```yaml\n")[2].partition("```")[0])
+    assert [entry.name for entry in read_keys_file(path)] == ["office", "operator"]
+
+
+def test_the_document_explains_every_setting() -> None:
+    explained = re.findall(r"^\| `(\w+)` \|", DOCUMENT.partition("| Setting |")[2].partition("\n\n")[0], re.M)
+    assert set(explained) == set(KeyEntry.model_fields)
