@@ -64,7 +64,6 @@ async def read_chat_request(http_request: Request) -> tuple[ChatCompletionBody, 
     body = await read_body(http_request, ChatCompletionBody, max_bytes=config.max_body_bytes)
     model = pool.identify(body.model).name
     check_may_ask(http_request, model)
-    check_may_ask(http_request, model)
     return body, to_chat_request(body, request_id=request_id_of(http_request), model=model)
 
 
