@@ -13,6 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+
+from gallama.api import management
+from gallama.api.app import create_app
+from gallama.api.auth import is_management
+from gallama.api.management_paths import MANAGEMENT_PATHS
+from gallama.config import ServerConfig
+from gallama.pool.pool import WorkerPool
 
 LOAD_SECONDS = 30
 
@@ -301,6 +309,27 @@ class TestUnloading:
         )
         assert gateway.state("only")["states"] == ["ready"]
 
+    def test_what_is_still_being_loaded_is_given_up(self, gateway: Any) -> None:
+        spec = scripted("endless", seconds_to_load=60)
+        task_id = post(gateway, "/add_model", spec).json()["task_id"]
+        assert post(gateway, "/remove_model", {"model_name": "endless"}).status_code == 200
+        task = get(gateway, f"/task_status/{task_id}")
+        assert task["status"] == "failed"
+        assert "unloaded before it was loaded" in task["error"]
+        assert "endless" not in names(get(gateway, "/list_models"))
+
+    def test_who_removes_a_model_at_the_same_time_as_others_hears_of_the_same_end(self, gateway: Any) -> None:
+        add(gateway, scripted("popular"))
+        with ThreadPoolExecutor(6) as threads:
+            answers = list(
+                threads.map(lambda _: post(gateway, "/remove_model", {"model_name": "popular"}), range(6))
+            )
+        told = [answer.json()["removed"] for answer in answers if answer.status_code == 200]
+        assert told
+        assert {answer.status_code for answer in answers} <= {200, 404}  # 404: it came when all was over
+        assert {removed["instance"] for each in told for removed in each} == {told[0][0]["instance"]}
+        assert "popular" not in names(get(gateway, "/list_models"))
+
     def test_one_instance_is_stopped_by_its_port(self, gateway: Any) -> None:
         add(gateway, scripted("twin"), scripted("twin"))
         twin = next(model for model in get(gateway, "/list_models")["models"] if model["name"] == "twin")
@@ -348,6 +377,23 @@ class TestListing:
     )
     def test_each_list_also_stands_behind_v1(self, gateway: Any, path: str) -> None:
         assert get(gateway, path).keys() == get(gateway, f"/v1{path}").keys()
+
+
+def test_every_path_of_the_router_is_one_that_needs_an_admin_key() -> None:
+    alone = FastAPI()
+    alone.include_router(management.router)
+    ours = set(alone.openapi()["paths"])
+    all_paths = create_app(WorkerPool([]), ServerConfig()).openapi()["paths"]
+    assert {path.removeprefix("/v1").split("/")[1] for path in ours} == set(MANAGEMENT_PATHS)
+    assert {path for path in all_paths if is_management(path)} == ours
+
+
+def test_the_document_names_every_path_and_every_key_of_an_answer(shared: Any) -> None:
+    document = (Path(__file__).parents[2] / "docs/managing_models.md").read_text()
+    (base, *_) = get(shared, "/list_models")["models"]
+    (available, *_) = get(shared, "/list_available_models")["models"]
+    told = [*MANAGEMENT_PATHS, *base, *base["instances"][0], *available]
+    assert [name for name in told if f"`{name}" not in document and f"/{name}" not in document] == []
 
 
 class TestRefusals:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
+
+from gallama.cli import main
 
 MODEL = "smollm2-135m"
 LOAD_SECONDS = 60
@@ -57,3 +60,29 @@ def test_a_model_is_loaded_asked_and_unloaded_with_its_memory(
     names = [model["name"] for model in call(gateway_url, "GET", "/list_models")["models"]]
     assert "added" not in names
     assert MODEL in names
+
+
+def test_the_command_line_does_the_same(gateway_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str) -> str:
+        assert main([*arguments, "--url", gateway_url]) == 0
+        return capsys.readouterr().out
+
+    said = run("load", f"model_id={MODEL} model_name=by-hand max_seq_len=512")
+    assert re.fullmatch(r"by-hand \(instance \d+\) is loaded\n", said)
+    heading, *rows = run("ps").splitlines()
+    state = heading.index("STATE")
+    states = {row.split()[0]: row[state:].split()[0] for row in rows}
+    assert states == {MODEL: "ready", "by-hand": "ready"}
+    (port,) = (row.split()[2] for row in rows if row.startswith("by-hand"))
+    said = run("stop", port)
+    assert re.fullmatch(r"by-hand \(instance \d+\) has ended and gave back \d{2,} MB of memory\n", said)
+    assert main(["unload", "by-hand", "--url", gateway_url]) == 2
+    assert "No model is called 'by-hand'" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command_with_the_reason(
+    gateway_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = f"model_id={MODEL} model_name=wrong backend_extra_args.n_btach=8"
+    assert main(["load", spec, "--url", gateway_url]) == 1
+    assert "n_btach" in capsys.readouterr().err
