@@ -30,6 +30,9 @@ _MOST_TENSORS = 2**20
 _MOST_KEPT = 256
 _MOST_LAYERS = 4096
 
+_CHUNK_BYTES = 1 << 18
+_TEXT_LENGTH = struct.Struct("<Q")
+
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
@@ -96,7 +99,7 @@ class _Broken(Exception):
 def read_gguf_metadata(file: Path) -> GgufMetadata:
     """The measures of the model in a GGUF file, the first part where it is split.
 
-    Takes a second or two at most, whatever the file holds, and some megabytes.
+    Takes less than a second, whatever the file holds, and less than a megabyte.
 
     Raises:
         InvalidConfig: it cannot be read, or is no GGUF file of a language model, or is damaged.
@@ -139,6 +142,19 @@ class _Reader:
     def skip(self, count: int) -> None:
         self._advance(count)
         self._file.seek(self.position)
+
+    def skip_texts(self, count: int) -> None:
+        """Skip texts, each with its length in front; there may be a million of them."""
+        while count:
+            chunk = self._file.read(_CHUNK_BYTES)
+            place, last = 0, len(chunk) - 8
+            if last < 0:
+                raise _Broken("it ends in the middle of its metadata")
+            length_at = _TEXT_LENGTH.unpack_from
+            while count and place <= last:
+                place += 8 + length_at(chunk, place)[0]
+                count -= 1
+            self.skip(place)
 
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "little")
@@ -187,8 +203,7 @@ class _Texts:
         self._left -= count
         if self._left < 0:
             raise _Broken(f"it has more than {_MOST_TEXTS} texts")
-        for _ in range(count):
-            self._reader.skip(self._reader.u64())
+        self._reader.skip_texts(count)
 
 
 def _read_value(reader: _Reader, name: str, texts: _Texts) -> _Kept | None:
