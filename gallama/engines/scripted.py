@@ -121,6 +121,7 @@ class ScriptedEngine:
         self._busy = 0
         self._waiting = 0
         self._steps = 0
+        self._sampled_tokens = 0
 
     def tokenize(self, text: str) -> list[int]:
         return [token_id for piece in _split_at_control_tokens(text) for token_id in _piece_token_ids(piece)]
@@ -136,13 +137,20 @@ class ScriptedEngine:
             async with aclosing(self._play(request)) as chunks:
                 async for chunk in chunks:
                     self._steps += 1
+                    self._sampled_tokens += chunk.sampled_tokens
                     yield chunk
         finally:
             self._busy -= 1
             self._free_slots.release()
 
     def status(self) -> EngineStatus:
-        return EngineStatus(busy_slots=self._busy, waiting=self._waiting, cached_tokens=0, steps=self._steps)
+        return EngineStatus(
+            busy_slots=self._busy,
+            waiting=self._waiting,
+            cached_tokens=0,
+            steps=self._steps,
+            sampled_tokens=self._sampled_tokens,
+        )
 
     async def probe(self) -> None:
         request = GenerationRequest(prompt_token_ids=[_START], max_tokens=1, sampling=SamplingSettings())

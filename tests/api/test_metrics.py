@@ -307,7 +307,8 @@ class TestServed:
         gateway, look = scrape
         body = {"model": "slow", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
         with gateway.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             busy = {name: value for name, value in look().items() if "busy" in name and "slow" in name}
             assert list(busy.values()) == [1]
         gateway.wait_for("slow", busy=0)
