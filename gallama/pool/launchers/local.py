@@ -38,7 +38,7 @@ _MAX_LINE_BYTES = 16 * 1024
 _LAST_OUTPUT_SECONDS = 0.5
 # The kernel's limit is 108 bytes on Linux and 104 on macOS, the end mark included.
 _MAX_SOCKET_PATH_BYTES = 100
-_SECRETS = frozenset({"GALLAMA_API_KEYS", "GALLAMA_ADMIN_KEYS", "GALLAMA_KEYS_FILE"})
+_SECRETS = frozenset({"GALLAMA_API_KEY", "GALLAMA_API_KEYS", "GALLAMA_ADMIN_KEYS", "GALLAMA_KEYS_FILE"})
 _REPORTS: msgspec.json.Decoder[WorkerReport] = msgspec.json.Decoder(WorkerReport)
 
 
