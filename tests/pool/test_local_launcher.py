@@ -153,7 +153,9 @@ async def test_what_a_worker_logs_stands_in_the_log_with_its_name(
     assert "r-9" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["GALLAMA_API_KEYS", "GALLAMA_ADMIN_KEYS", "GALLAMA_KEYS_FILE"])
+@pytest.mark.parametrize(
+    "name", ["GALLAMA_API_KEY", "GALLAMA_API_KEYS", "GALLAMA_ADMIN_KEYS", "GALLAMA_KEYS_FILE"]
+)
 async def test_keys_do_not_reach_the_workers_environment(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
