@@ -10,7 +10,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,7 @@ class TestSlowClients:
     async def test_whoever_never_ends_his_headers_hears_so(self, open_door: OpenDoor) -> None:
         async with open_door() as door, door.connect() as (reader, writer):
             sending = asyncio.create_task(_trickle(writer, HEALTH[:-2]))
-            assert error_in(await reader.read()) == (408, "request_timeout")
+            assert error_in(await _last_answer(reader)) == (408, "request_timeout")
             await sending
 
     async def test_the_same_on_a_connection_that_has_asked_before(self, open_door: OpenDoor) -> None:
@@ -124,7 +124,7 @@ class TestSlowClients:
             writer.write(HEALTH)
             assert await reader.readuntil(b'"ok"}')
             sending = asyncio.create_task(_trickle(writer, HEALTH[:-2]))
-            assert error_in(await reader.read()) == (408, "request_timeout")
+            assert error_in(await _last_answer(reader)) == (408, "request_timeout")
             await sending
 
     async def test_an_idle_connection_is_closed(self, open_door: OpenDoor) -> None:
@@ -137,13 +137,13 @@ class TestSlowClients:
             writer.write(HEALTH)
             assert await reader.readuntil(b'"ok"}')
             writer.write(b"G")
-            assert error_in(await reader.read()) == (408, "request_timeout")
+            assert error_in(await _last_answer(reader)) == (408, "request_timeout")
 
     async def test_the_rest_of_a_refused_body_is_not_waited_for_for_ever(self, open_door: OpenDoor) -> None:
         async with open_door() as door, door.connect() as (reader, writer):
             writer.write(CHAT_HEAD + b"Content-Length: 99999999999\r\n\r\n")
             sending = asyncio.create_task(_trickle(writer, b"x" * 10_000))
-            answer = await reader.read()
+            answer = await _last_answer(reader)
             assert answer.startswith(b"HTTP/1.1 413 ")
             sending.cancel()
 
@@ -164,7 +164,7 @@ class TestSlowClients:
         async with open_door() as door, door.connect() as (reader, writer):
             writer.write(CHAT_HEAD + b"Content-Length: 100000\r\n\r\n{")
             sending = asyncio.create_task(_trickle(writer, b" " * (1000 if ends else 0)))
-            answer = await reader.read()
+            answer = await _last_answer(reader)
             assert answer.startswith(b"HTTP/1.1 408 ")
             assert b"request_timeout" in answer
             sending.cancel()
@@ -204,7 +204,7 @@ class TestNoHttp:
     async def test_it_is_refused_in_our_form(self, open_door: OpenDoor) -> None:
         async with open_door() as door, door.connect() as (reader, writer):
             writer.write(b"nonsense\r\n\r\n")
-            assert error_in(await reader.read()) == (400, "invalid_http")
+            assert error_in(await _last_answer(reader)) == (400, "invalid_http")
 
     async def test_in_the_middle_of_a_body_it_ends_the_request(
         self, open_door: OpenDoor, caplog: pytest.LogCaptureFixture
@@ -213,7 +213,7 @@ class TestNoHttp:
             writer.write(CHAT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
             await asyncio.sleep(SHORT / 4)
             writer.write(b"nonsense\r\n")
-            assert error_in(await reader.read()) == (400, "invalid_http")
+            assert error_in(await _last_answer(reader)) == (400, "invalid_http")
         assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
     async def test_in_the_middle_of_an_answer_it_ends_the_connection(
@@ -223,7 +223,7 @@ class TestNoHttp:
             writer.write(CHAT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
             await reader.readuntil(b"begun")
             writer.write(b"nonsense\r\n")
-            await reader.read()
+            assert await reader.read() == b"\r\n"
         assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
@@ -258,7 +258,7 @@ class TestFullHouse:
         async with open_door(max_connections=1) as door, door.connect(), door.connect():
             await door.until_open(2)
             async with door.connect() as (reader, _):
-                assert error_in(await reader.read()) == (503, "server_full")
+                assert error_in(await _last_answer(reader)) == (503, "server_full")
 
     def test_real_connections_are_counted(self, start_gateway: Any) -> None:
         gateway = start_gateway({"m": {}}, server={"max_connections": 3})
@@ -397,6 +397,36 @@ class TestSecrets:
             _wait_until(lambda: client.post("/v1/chat/completions", json=body).status_code == 200)
 
 
+class TestDeadlines:
+    def test_a_request_whose_time_is_over_leaves_the_line(self, gateway: Any) -> None:
+        stream = {"model": "silent", "messages": MESSAGES, "stream": True}
+        headers = {"x-request-timeout-seconds": "0.5"}
+        with gateway.client() as client, _many_streams(gateway, 1, stream):
+            gateway.wait_for("silent", busy=1)
+            answer = client.post("/v1/chat/completions", json=stream | {"stream": False}, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+            gateway.wait_for("silent", busy=1, waiting=0)
+        gateway.wait_for("silent", busy=0)
+
+    def test_an_answer_that_is_not_complete_by_then_is_cut(self, gateway: Any) -> None:
+        body = {"model": "slow", "messages": MESSAGES, "stream": True}
+        with gateway.client() as client:
+            headers = {"x-request-timeout-seconds": "0.5"}
+            with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+                lines = answer.iter_lines()
+                last = next(line for line in lines if "error" in line)
+                assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+                with pytest.raises(httpx.RemoteProtocolError):
+                    list(lines)
+        gateway.wait_for("slow", busy=0, waiting=0)
+
+    def test_a_deadline_that_is_none_is_refused_before_the_body_is_read(self, gateway: Any) -> None:
+        with gateway.client() as client:
+            headers = {"x-request-timeout-seconds": "soon"}
+            answer = client.post("/v1/chat/completions", content=b"{", headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-request-timeout-seconds")
+
+
 WAITING = 1000
 
 
@@ -412,11 +442,12 @@ def test_a_thousand_waiting_streams_cost_little_and_leave_nothing(start_gateway:
     }
     gateway = start_gateway(models)
     gateway_process = psutil.Process(gateway.process.pid)
-    with _many_streams(gateway, 20):
+    stream = {"model": "m", "messages": MESSAGES, "stream": True}
+    with _many_streams(gateway, 20, stream):
         gateway.wait_for("m", busy=1, waiting=19)
     gateway.wait_for("m", busy=0, waiting=0)
     bytes_before = gateway_process.memory_info().rss
-    with _many_streams(gateway, WAITING):
+    with _many_streams(gateway, WAITING, stream):
         gateway.wait_for("m", busy=1, waiting=WAITING - 1)
         seconds = _health_seconds(gateway)
         bytes_each = (gateway_process.memory_info().rss - bytes_before) / WAITING
@@ -433,8 +464,8 @@ def test_a_thousand_waiting_streams_cost_little_and_leave_nothing(start_gateway:
 
 
 @contextlib.contextmanager
-def _many_streams(gateway: Any, count: int) -> Iterator[None]:
-    body = json.dumps({"model": "m", "messages": MESSAGES, "stream": True}).encode()
+def _many_streams(gateway: Any, count: int, request: Mapping[str, Any]) -> Iterator[None]:
+    body = json.dumps(request).encode()
     raw = CHAT_HEAD + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
     with contextlib.ExitStack() as stack:
         for _ in range(count):
@@ -468,6 +499,14 @@ async def _answers_and_waits(_scope: Scope, receive: Receive, send: Send) -> Non
     await send({"type": "http.response.body", "body": b"begun", "more_body": True})
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _last_answer(reader: asyncio.StreamReader) -> bytes:
+    """An error, after which the connection ends: by a reset where the server had not read all."""
+    answer = await reader.readuntil(b"}}")
+    with contextlib.suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    return answer
 
 
 async def _trickle(writer: asyncio.StreamWriter, data: bytes, pause_seconds: float = SHORT / 50) -> None:
