@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,6 +263,23 @@ class TestModels:
         found = known.samples()
         assert found[f"gallama_build_info{{version={__version__}}}"] == 1
         assert found["process_resident_memory_bytes{}"] > 0
+
+
+def test_the_document_names_each_figure_with_its_labels(known: Known) -> None:
+    known.metrics.record(record())
+    document = (Path(__file__).parents[2] / "docs/observing.md").read_text()
+    documented = {
+        name: set(labels.split(", "))
+        for name, labels in re.findall(r"^\| `(gallama_\w+)` \| (.*?) \|", document, re.MULTILINE)
+    }
+    suffixes = re.compile(r"_(bucket|count|sum)$")
+    found = {
+        suffixes.sub("", sample.name): sample.labels.keys() - {"le"}
+        for family in families(known.metrics.text().decode()).values()
+        for sample in family.samples
+        if sample.name.startswith("gallama_")
+    }
+    assert documented == found
 
 
 class TestServed:
