@@ -176,6 +176,64 @@ class TestSetup:
         assert copy.setup().returncode == 0
 
 
+APT_GET = """\
+#!/bin/sh
+echo "$*" >> apt-get-calls
+case "$*" in
+    *install*) printf '#!/bin/sh\\n' > programs/chromium && chmod +x programs/chromium ;;
+esac
+"""
+TOOLS = ("bash", "cat", "chmod", "cksum", "cp", "dirname", "getconf", "grep", "mkdir", "printf", "sh")
+
+
+class TestChromium:
+    """On machines that have none."""
+
+    @pytest.fixture
+    def bare(self, copy: Copy) -> Copy:
+        for name in TOOLS:
+            (copy.folder / "programs" / name).symlink_to(shutil.which(name) or pytest.fail(name))
+        copy.put_program("id", "#!/bin/sh\necho 0\n")
+        copy.put_program("apt-get", APT_GET)
+        return copy
+
+    def setup(self, copy: Copy, extra: str) -> subprocess.CompletedProcess[str]:
+        return copy.setup(extra, PATH=str(copy.folder / "programs"))
+
+    def asked_of_apt_get(self, copy: Copy) -> list[str]:
+        log = copy.folder / "apt-get-calls"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def test_comes_with_the_tools_for_development(self, bare: Copy) -> None:
+        done = self.setup(bare, "dev")
+        assert done.returncode == 0, done.stderr
+        assert "Installing Chromium, for tests in a browser.\n" in done.stderr
+        assert self.asked_of_apt_get(bare) == ["update", "install -y --no-install-recommends chromium"]
+
+    def test_does_not_come_with_the_demo(self, bare: Copy) -> None:
+        assert self.setup(bare, "demo").returncode == 0
+        assert self.asked_of_apt_get(bare) == []
+
+    def test_is_left_alone_where_there_is_one(self, bare: Copy) -> None:
+        bare.put_program("chromium", "#!/bin/sh\n")
+        assert "Chromium" not in self.setup(bare, "dev").stderr
+        assert self.asked_of_apt_get(bare) == []
+
+    def test_is_not_asked_for_by_who_may_not_install_it(self, bare: Copy) -> None:
+        bare.put_program("id", "#!/bin/sh\necho 1000\n")
+        done = self.setup(bare, "dev")
+        assert done.returncode == 0
+        assert "tests in a browser will be skipped" in done.stderr
+        assert self.asked_of_apt_get(bare) == []
+
+    def test_that_cannot_be_had_stops_nothing(self, bare: Copy) -> None:
+        bare.put_program("apt-get", "#!/bin/sh\nexit 1\n")
+        done = self.setup(bare, "dev")
+        assert done.returncode == 0
+        assert "could not be installed" in done.stderr
+        assert self.setup(bare, "dev").stderr == ""
+
+
 class TestCompilerFlags:
     def test_on_x86_llama_cpp_is_compiled_without_amx(self, copy: Copy) -> None:
         copy.setup()
