@@ -66,6 +66,8 @@ class WorkerStatus(Struct, frozen=True, tag=True, kw_only=True):
     steps: int = 0
     slow_readers: int = 0
     """Answers that go on only when the gateway has read what there is of them."""
+    processor_seconds: float = 0.0
+    """Processor time that the process has taken since its start, on all cores together."""
     sampled_tokens: int = 0
     forced_tokens: int = 0
     drafted_tokens: int = 0
@@ -140,6 +142,8 @@ class Link:
             raise RequestTooLarge(
                 f"The message has {len(payload)} bytes; at most {MAX_FRAME_BYTES} go to a worker."
             )
+        if self._writer.is_closing():
+            raise BrokenLink("The other side hung up.")  # uvloop's own error is none of a connection
         self._writer.write(_LENGTH.pack(len(payload)) + payload)
         await self._writer.drain()
 

@@ -45,6 +45,10 @@ _EXIT_NOTICE_SECONDS = 1.0
 _REFRESH_SECONDS = 0.5
 # Before its first word a worker imports its engine's libraries, from a cold disk maybe.
 _SILENT_LOAD_SECONDS = 60.0
+# One step over a long prompt may take minutes where a large model has only processors. As long as the process
+# computes at least for this part of the time, it is given so many times as long to end a step.
+_COMPUTING_PART = 0.2
+_PATIENCE_WITH_COMPUTING = 5
 # Of the gateway, not of the worker that it could not reach.
 _OWN_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
@@ -362,11 +366,11 @@ class Supervisor:
 
     async def _until_hung(self, worker: RunningWorker, endpoint: Endpoint) -> str:
         """Ask for a sign of life at each interval, until there is none; says what is wrong."""
-        steps = 0
+        last = WorkerStatus(busy_slots=0, waiting=0, cached_tokens=0)
         while True:
             await self._next_check()
             try:
-                status = await self._sign_of_life(endpoint, steps)
+                status = await self._sign_of_life(endpoint, last.steps)
             except TimeoutError as error:
                 return str(error)
             except ReportedError as error:
@@ -378,10 +382,11 @@ class Supervisor:
                 continue
             self.status = status
             self.memory_bytes = await asyncio.to_thread(worker.memory_bytes)
-            if status.steps != steps or not _must_make_progress(status):
-                steps, self._alive_at = status.steps, time.monotonic()
-            elif time.monotonic() - self._alive_at >= self._limits.hang_seconds:
-                return f"made no progress with its requests for {self._limits.hang_seconds:g} s"
+            stuck_seconds = time.monotonic() - self._alive_at
+            if status.steps != last.steps or not _must_make_progress(status):
+                last, self._alive_at = status, time.monotonic()
+            elif stuck_seconds >= self._limits.hang_seconds * patience(last, status, stuck_seconds):
+                return f"made no progress with its requests for {stuck_seconds:.0f} s"
             if self.state != "ready":
                 self._change("ready", endpoint=endpoint)
 
@@ -440,6 +445,16 @@ async def _until_done(task: asyncio.Task[None]) -> None:
             await asyncio.wait({task})
         except asyncio.CancelledError:
             task.cancel()
+
+
+def patience(last: WorkerStatus, now: WorkerStatus, seconds: float) -> int:
+    """How many times as long as others a worker has that ended no step for so many seconds.
+
+    Args:
+        last: what it said of itself at the beginning of that time.
+    """
+    computed_seconds = now.processor_seconds - last.processor_seconds
+    return _PATIENCE_WITH_COMPUTING if computed_seconds >= _COMPUTING_PART * seconds else 1
 
 
 def _must_make_progress(status: WorkerStatus) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -110,7 +111,7 @@ class ConnectionAnswerer:
 
     def _status(self) -> WorkerStatus:
         status = dataclasses.asdict(self._engine_status())
-        return WorkerStatus(**status, slow_readers=self._slow_readers)
+        return WorkerStatus(**status, slow_readers=self._slow_readers, processor_seconds=time.process_time())
 
 
 async def _nothing_to_probe() -> None:
