@@ -101,7 +101,10 @@ class LocalWorker:
     async def ready(self, on_progress: Callable[[float], None]) -> Ready:
         self._process.on_progress = on_progress
         ends: set[asyncio.Future[Any]] = {self._process.report, self._process.exit}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._process.on_progress = None  # a load that is given up may still tell of itself
         if not self._process.report.done():
             raise ModelLoadFailed(self._why_it_ended_early(self._process.exit.result()))
         report = self._process.report.result()
