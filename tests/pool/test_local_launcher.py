@@ -239,3 +239,17 @@ async def test_the_memory_of_a_worker_counts_what_it_has_started(tmp_path: Path)
             await asyncio.sleep(0.02)
     await worker.stop()
     assert worker.memory_bytes() == 0
+
+
+async def test_who_gave_a_load_up_hears_no_more_of_it(launch: Launch) -> None:
+    worker = await launch(seconds_to_load=60)
+    told: list[float] = []
+    waiting = asyncio.create_task(worker.ready(told.append))
+    async with asyncio.timeout(20):
+        while not told:  # noqa: ASYNC110  the worker tells of itself
+            await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    count = len(told)
+    await asyncio.sleep(1)
+    assert len(told) == count
