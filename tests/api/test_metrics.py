@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import re
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -326,9 +329,22 @@ class TestServed:
         gateway, look = scrape
         body = {"model": "slow", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
         with gateway.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            # Held on to: once it is gone, so is the connection.
             lines = answer.iter_lines()
-            next(lines)
+            next(line for line in lines if line.startswith("data:"))
             busy = {name: value for name, value in look().items() if "busy" in name and "slow" in name}
             assert list(busy.values()) == [1]
         gateway.wait_for("slow", busy=0)
         assert look()["gallama_requests_total{model=slow,outcome=cancelled,code=}"] == 1
+
+    def test_a_worker_that_was_killed_is_a_restart(
+        self, scrape: tuple[Any, Callable[[], dict[str, float]]]
+    ) -> None:
+        gateway, look = scrape
+        for process_id in gateway.worker_process_ids():
+            os.kill(process_id, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while look()["gallama_loads_total{model=echo}"] < 2:
+            assert time.monotonic() < deadline, gateway.log()
+            time.sleep(0.1)
+        assert look()["gallama_restarts_total{model=echo}"] == 1

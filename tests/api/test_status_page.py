@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, HttpCredentials, Page, expect, sync_playwright
 
 from gallama import __version__
 from gallama.api.app import create_app
@@ -130,8 +132,10 @@ def streaming(gateway: Any, model: str) -> Iterator[None]:
     """A stream that runs inside the context."""
     body = stream_of(model)
     with gateway.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        # Held on to: once it is gone, so is the connection.
         lines = answer.iter_lines()
-        next(lines)
+        # Before it there may be comments on its place in the line.
+        next(line for line in lines if line.startswith("data:"))
         yield
 
 
@@ -157,6 +161,18 @@ def test_the_status_tells_of_instances_streams_and_problems(gateway: Any) -> Non
     (problem,) = status["problems"]
     assert problem["model"] == "broken"
     assert "The file is broken." in problem["message"]
+
+
+def test_a_worker_that_has_stopped_does_not_stop_the_status(start_gateway: Callable[..., Any]) -> None:
+    gateway = start_gateway({"echo": {}})
+    (process_id,) = gateway.worker_process_ids()
+    os.kill(process_id, signal.SIGSTOP)
+    try:
+        with gateway.client() as client:
+            status = client.get("/status").json()
+    finally:
+        os.kill(process_id, signal.SIGCONT)
+    assert status["models"][0]["instances"][0]["state"] == "ready"
 
 
 @pytest.fixture(scope="class")
@@ -216,6 +232,17 @@ class TestBrowser:
     def test_it_fits_a_telephone(self, page: Page) -> None:
         page.set_viewport_size({"width": 375, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+    def test_where_keys_are_set_a_key_is_the_password(
+        self, browser: Browser, start_gateway: Callable[..., Any]
+    ) -> None:
+        gateway = start_gateway({}, load=[], wait=False, flags=["--api-key", "a-long-secret"])
+        with gateway.client() as client:
+            assert client.get("/").status_code == 401
+        credentials: HttpCredentials = {"username": "anybody", "password": "a-long-secret"}
+        with browser.new_context(http_credentials=credentials) as context, context.new_page() as page:
+            page.goto(gateway.url)
+            expect(page.locator("#live")).to_contain_text("up", timeout=LOOK_MS)
 
     def test_a_gateway_that_has_ended_is_seen_to_have(
         self, gateway: Any, browser: Browser, start_gateway: Callable[..., Any]
