@@ -18,7 +18,13 @@ from gallama import event_loop
 from gallama.api import explain, health, management, metrics, models, openai_chat, status_page
 from gallama.api.auth import KeyCheck, LimitCheck, LoopbackCheck
 from gallama.api.error_answers import answer_errors
-from gallama.api.http_protocol import IDLE_SECONDS, SurplusCheck, protocol_for, watch_connections
+from gallama.api.http_protocol import (
+    IDLE_SECONDS,
+    MAX_HEAD_BYTES,
+    SurplusCheck,
+    protocol_for,
+    watch_connections,
+)
 from gallama.api.keys import KeyRing
 from gallama.api.open_files import make_room
 from gallama.api.request_bodies import MAX_BODIES, BodyRoom
@@ -102,6 +108,7 @@ async def _serve(pool: WorkerPool, config: ServerConfig, listener: socket.socket
             # One parser everywhere, one that bounds the headers, and that does not lose the body of a request
             # which offers to go on in another protocol: Java's clients offer HTTP/2.
             http=protocol_for(max_connections),
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             timeout_keep_alive=IDLE_SECONDS,
             ws="none",
             lifespan="off",

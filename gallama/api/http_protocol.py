@@ -24,8 +24,9 @@ HEAD_SECONDS = 20.0
 """From connecting, or from the first byte of a later request, to the end of its headers."""
 SURPLUS_HEAD_SECONDS = 5.0
 """The same for a connection beyond the limit."""
-IDLE_SECONDS = 5
-"""How long a connection may wait for its next request."""
+IDLE_SECONDS = 75
+"""How long a connection may wait for its next request: longer than clients keep one that they do not use, of
+which many ask again after 5 s or 60 s, and would find it closed in that very moment."""
 LINGER_SECONDS = 10.0
 """How long the rest of a body is thrown away whose request was answered already: a client that is cut off
 while it sends may never read the answer."""
@@ -35,6 +36,9 @@ SPARE_CONNECTIONS = 64
 """Connections beyond the limit that may still ask whether the server lives; others hear at once that it is
 full."""
 LOOK_SECONDS = 1.0
+MAX_HEAD_BYTES = 16 * 1024
+"""Of headers, and the same of trailers; up to a slice more may pass."""
+SLICE_BYTES = 4 * 1024
 
 _RETRY_SECONDS = 1
 _SURPLUS = "is_surplus"
@@ -57,7 +61,12 @@ class GatewayProtocol(H11Protocol):
             self.app_state = {**self.app_state, _SURPLUS: True}
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        # The parser bounds only headers of which a part is missing: whole ones that come in one go it would
+        # take at any length.
+        for start in range(0, len(data), SLICE_BYTES):
+            super().data_received(data[start : start + SLICE_BYTES])
+            if self.transport.is_closing():
+                return
         if not self._owes():
             self._owing_since = None
         elif self._owing_since is None:
@@ -70,7 +79,12 @@ class GatewayProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """As uvicorn's, in our form; and it survives that an answer is under way already."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._answer_and_close(InvalidRequest("This is not valid HTTP/1.1.", code="invalid_http"))
+            self._answer_and_close(
+                InvalidRequest(
+                    f"This is not valid HTTP/1.1, or has headers of more than {MAX_HEAD_BYTES} bytes.",
+                    code="invalid_http",
+                )
+            )
         else:
             self.transport.close()
 

@@ -201,6 +201,20 @@ class TestSlowClients:
 
 
 class TestNoHttp:
+    @pytest.mark.parametrize("length", [22_000, 60_000, 120_000, 250_000])
+    @pytest.mark.parametrize("header", [b"a:\r\n", b"A: " + b"b" * 4000 + b"\r\n"])
+    async def test_long_headers_are_refused_even_if_they_come_in_one_go(
+        self, open_door: OpenDoor, header: bytes, length: int
+    ) -> None:
+        async with open_door() as door, door.connect() as (reader, writer):
+            writer.write(HEALTH[:-2] + header * (length // len(header) + 1) + b"\r\n")
+            assert error_in(await _last_answer(reader)) == (400, "invalid_http")
+
+    async def test_sane_headers_are_not(self, open_door: OpenDoor) -> None:
+        async with open_door() as door, door.connect() as (reader, writer):
+            writer.write(HEALTH[:-2] + b"cookie: " + b"x" * 15_000 + b"\r\n\r\n")
+            assert await reader.readuntil(b'"ok"}')
+
     async def test_it_is_refused_in_our_form(self, open_door: OpenDoor) -> None:
         async with open_door() as door, door.connect() as (reader, writer):
             writer.write(b"nonsense\r\n\r\n")
