@@ -106,10 +106,15 @@ def start_tracing(environment: Mapping[str, str]) -> Tracing | None:
 
     Raises:
         MissingExtra: OpenTelemetry is not installed.
-        InvalidConfig: traces are to go over a protocol that is not supported.
+        InvalidConfig: traces are to go out in a way that is not supported.
     """
     if not any(environment.get(name) for name in _ENDPOINTS) or _is_off(environment):
         return None
+    exporter = environment.get("OTEL_TRACES_EXPORTER") or "otlp"
+    if exporter != "otlp":
+        raise InvalidConfig(
+            f"environment: OTEL_TRACES_EXPORTER is {exporter!r}; traces go over otlp or none."
+        )
     protocol = next((environment[name] for name in _PROTOCOLS if environment.get(name)), "http/protobuf")
     if protocol != "http/protobuf":
         raise InvalidConfig(

@@ -161,9 +161,12 @@ class TestStart:
     def test_nothing_is_traced_where_nobody_collects(self, environment: dict[str, str]) -> None:
         assert start_tracing(environment) is None
 
-    def test_a_protocol_that_we_do_not_speak_is_an_error(self) -> None:
-        with pytest.raises(InvalidConfig, match="OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc'"):
-            start_tracing(ENDPOINT | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+    @pytest.mark.parametrize(
+        ("variable", "value"), [("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), ("OTEL_TRACES_EXPORTER", "console")]
+    )
+    def test_a_way_that_we_do_not_go_is_an_error(self, variable: str, value: str) -> None:
+        with pytest.raises(InvalidConfig, match=f"{variable} is '{value}'"):
+            start_tracing(ENDPOINT | {variable: value})
 
     def test_without_opentelemetry_the_error_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real_import = builtins.__import__
