@@ -49,7 +49,8 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def plan_serving(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Serving:
-    """Decide what to serve: the models named by `-id`, or else all that are known, on demand.
+    """Decide what to serve: the models named by `-id`, and those of the config file on demand; without
+    `-id`, all that are known on demand.
 
     Creates the config file when it would be needed and there is none.
 
@@ -64,7 +65,7 @@ def plan_serving(arguments: argparse.Namespace, environment: Mapping[str, str]) 
     if named:
         to_load = [resolve_model(values, config) for values in named]
         check_names(to_load)
-        return Serving(config=config, to_load=to_load, on_demand=())
+        return Serving(config=config, to_load=to_load, on_demand=_others_in_file(config, to_load))
     return Serving(config=config, to_load=(), on_demand=_all_known(config))
 
 
@@ -82,6 +83,20 @@ def _create_config_file(environment: Mapping[str, str]) -> Path:
     write_default_config(path)
     logger.info("Created %s; models are added there", path)
     return path
+
+
+def _others_in_file(config: ServerConfig, to_load: Sequence[ResolvedModel]) -> list[ResolvedModel]:
+    """What else may be asked for. A model that is named comes before one that has its names or cannot be."""
+    others: list[ResolvedModel] = []
+    for name in config.models:
+        try:
+            model = resolve_model({"model_id": name}, config)
+            check_names([*to_load, *others, model])
+        except InvalidConfig as error:
+            logger.warning("%s is not served: %s", name, error.message)
+        else:
+            others.append(model)
+    return others
 
 
 def _all_known(config: ServerConfig) -> list[ResolvedModel]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -10,9 +11,10 @@ import psutil
 from gallama.catalog import ResolvedModel
 from gallama.catalog.memory_need import MemoryNeed, estimate_memory
 from gallama.errors import GallamaError, NotEnoughMemory
-from gallama.pool.gpus import GpuInventory, Placement, place, without_promised
+from gallama.pool.gpus import Gpu, GpuInventory, Placement, place, without_promised
 
 _KEPT_NEEDS = 100
+_SEEN_SECONDS = 0.5
 
 
 class Memory:
@@ -23,6 +25,8 @@ class Memory:
         self._inventory = inventory
         self._placed = placed
         self._needs: dict[tuple[Path, str], MemoryNeed] = {}
+        self._seen: Sequence[Gpu] = ()
+        self._seen_at = -_SEEN_SECONDS
 
     def place(self, model: ResolvedModel) -> Placement:
         """The GPUs for a model.
@@ -31,19 +35,29 @@ class Memory:
             InvalidConfig: the model asks for a GPU that is not there, or for more than it has.
             NotEnoughMemory: no GPUs have enough free memory.
         """
+        return self._place(model, self._inventory())
+
+    def _place(self, model: ResolvedModel, seen: Sequence[Gpu]) -> Placement:
         need = self._need(model)
-        gpus = without_promised(self._inventory(), self._placed())
+        gpus = without_promised(seen, self._placed())
         return place(model.spec, need.gpu_bytes, gpus, draft_bytes=need.draft_gpu_bytes)
 
     def lacks(self, model: ResolvedModel) -> bool:
         """Whether it is known that the model does not fit beside what is loaded."""
         try:
-            placement = self.place(model)
+            placement = self._place(model, self._seen_lately())
             return not placement.gpus and self._need(model).host_bytes > psutil.virtual_memory().available
         except NotEnoughMemory:
             return True
         except GallamaError:
             return False  # what is wrong with it, its loading tells
+
+    def _seen_lately(self) -> Sequence[Gpu]:
+        """The GPUs; asking their driver takes too long to do it for each request that comes or goes."""
+        now = time.monotonic()
+        if now - self._seen_at >= _SEEN_SECONDS:
+            self._seen, self._seen_at = self._inventory(), now
+        return self._seen
 
     def _need(self, model: ResolvedModel) -> MemoryNeed:
         """The estimate is made from the head of the file, which is not to be read at each look."""

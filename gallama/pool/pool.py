@@ -72,8 +72,8 @@ class WorkerPool:
         """
         Args:
             models_to_load: loaded by `start`; several entries of one name are several instances.
-            models_on_demand: loaded by their first request, and known for ever.
-            observers: told of each request that has ended.
+            models_on_demand: known for ever, and loaded by their first request where they are not loaded.
+            observers: told of each request that has ended; of dry runs nobody is.
 
         Raises:
             InvalidConfig: names clash, or more models are to be loaded than may be.
@@ -103,7 +103,8 @@ class WorkerPool:
         )
         self._check_limit(models_to_load)
         check_names([*models_to_load, *models_on_demand])
-        self._take_up([*models_to_load, *models_on_demand], is_trial=False)
+        unloaded = [model for model in models_on_demand if model.name not in self._to_load]
+        self._take_up([*models_to_load, *unloaded], is_trial=False)
 
     def start(self) -> None:
         """Begin to load the models that are to be loaded at the start."""
@@ -196,7 +197,8 @@ class WorkerPool:
             account.ends_in_error(error.report().code)
             raise
         finally:
-            self._observe(account.close(), ticket)
+            if not request.dry_run:
+                self._observe(account.close(), ticket)
 
     def add(self, models: Sequence[ResolvedModel]) -> LoadTask:
         """Load instances of models beside what is there; each is loaded as soon as there is room.

@@ -16,6 +16,8 @@ from gallama.pool.model_queue import ModelQueue
 
 logger = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 1.0
+
 
 class Residency:
     """Loads models that are asked for, and unloads others to make room or because nobody uses them."""
@@ -200,6 +202,8 @@ class Residency:
         if self._wishes:
             times += [queue.ready_since + self._minimum_stay_seconds for queue in self._loaded()]
         now = time.time()
+        if self._wishes:
+            times.append(now + _LOOK_SECONDS)  # memory may be given back by others than us
         coming = [at for at in times if now < at < float("inf")]
         if coming:
             delay = min(coming) - now

@@ -52,7 +52,7 @@ class Ticket:
     """When it must have ended, in `time.monotonic()`'s seconds; None: whenever."""
     key_name: str = ""
     on_end: Callable[[RequestRecord], None] | None = None
-    """Called once, when all is over."""
+    """Called once, when all is over; never for a dry run."""
     find_position: Callable[[], int | None] = lambda: None
     """The pool's to set."""
 

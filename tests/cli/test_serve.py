@@ -17,11 +17,27 @@ def plan(folder: Path, *argv: str, **environment: str) -> Serving:
     return plan_serving(build_parser().parse_args(argv), {"GALLAMA_HOME": str(folder), **environment})
 
 
-def test_the_models_named_are_loaded_and_no_others(tmp_path: Path) -> None:
+def test_the_models_named_are_loaded(tmp_path: Path) -> None:
     serving = plan(tmp_path, "serve", "-id", "model_id=smollm2-135m", "-id", "model_id=p backend=scripted")
     assert [model.name for model in serving.to_load] == ["smollm2-135m", "p"]
-    assert serving.on_demand == ()
+    assert serving.on_demand == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_beside_those_that_are_named_the_files_models_are_there_on_demand(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model_config.yaml").write_text(
+        "a: {backend: scripted}\nb: {backend: scripted}\nbroken: {model_id: /not/there.gguf}\n"
+        "clashing: {model_id: c, backend: scripted, model_name: other}\n"
+    )
+    serving = plan(
+        tmp_path, "serve", "-id", "model_id=a", "-id", "model_id=x backend=scripted model_name=other"
+    )
+    assert [model.name for model in serving.to_load] == ["a", "other"]
+    assert [model.name for model in serving.on_demand] == ["a", "b"]
+    assert "broken is not served: " in caplog.text
+    assert "clashing is not served: The name 'other' belongs to two models" in caplog.text
 
 
 def test_a_model_named_twice_has_two_instances(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class TestDeadlines:
         launcher = FakeLauncher()
         async with running(model(max_concurrent_requests=1), launcher=launcher) as pool:
             busy = asyncio.create_task(answer(pool, "hang"))
-            await until(lambda: pool.find("m").busy == 1)
+            await until(lambda: bool(launcher.workers) and launcher.workers[0].asked == ["hang"])
             with pytest.raises(DeadlineExceeded):
                 await answer(pool, ticket=Ticket(deadline=time.monotonic() - 1))
             assert launcher.workers[0].asked == ["hang"]
