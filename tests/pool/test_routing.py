@@ -12,6 +12,8 @@ from gallama.config.server_config import RoutingPolicyName
 from gallama.conversation import ChatRequest, Message, ToolCall, ToolChoice, ToolSpec
 from gallama.pool.routing import POLICIES, InstanceLoad, PrefixIndex, estimated_tokens, prefix_blocks
 from gallama.pool.routing.prefixes import BLOCK_BYTES, COMMON_WAYS, MAX_PROMPT_BYTES
+from tests.pool.fake_workers import FakeLauncher, model, running, until
+from tests.pool.fake_workers import answer as answer_of
 
 CAPACITY = 16
 UNEVEN = CAPACITY // 4 + 1
@@ -341,3 +343,26 @@ def test_tokens_are_estimated_from_all_that_the_model_reads() -> None:
 
 def test_even_an_empty_prompt_has_a_token() -> None:
     assert estimated_tokens(ask()) >= 1
+
+
+async def test_the_pool_sends_conversations_back_and_spreads_them() -> None:
+    launcher = FakeLauncher()
+    async with running(model(replicas=2), launcher=launcher, policy="prefix_affinity") as pool:
+        await pool.settled()
+        for text in random.Random(0).sample([f"conversation {i}" for i in range(10)] * 3, k=30):
+            await answer_of(pool, text)
+    texts = [set(worker.asked) for worker in launcher.workers]
+    assert not texts[0] & texts[1]
+    assert min(len(each) for each in texts) >= 3
+
+
+async def test_the_pool_forgets_what_a_worker_that_died_had_read() -> None:
+    launcher = FakeLauncher()
+    async with running(model(replicas=2), launcher=launcher, policy="prefix_affinity") as pool:
+        await pool.settled()
+        await answer_of(pool, "a long story")
+        first = next(worker for worker in launcher.workers if worker.asked)
+        first.die()
+        await until(lambda: len(launcher.workers) == 3 and pool.find("m").states == ("ready", "ready"))
+        await answer_of(pool, "a long story")
+    assert [worker.asked for worker in launcher.workers if worker is not first] == [["a long story"], []]
