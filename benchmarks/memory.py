@@ -3,7 +3,8 @@
 Serves SmolLM2-135M and sends it a mix of short requests, AT_ONCE at a time: free text, JSON and tool calls,
 streamed and whole, with two choices, and some whose client leaves in the middle. After FEW requests and after
 MANY it reads the worker's resident memory (RSS) and its proportional share of it (PSS) from /proc, so it runs
-on Linux only. Ends with an error when either has grown by more than MOST_GROWTH.
+on Linux only. FEW are enough to fill the shelf, where a worker keeps what finished requests have computed:
+from there on nothing may grow. Ends with an error when either has grown by more than MOST_GROWTH.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def _plan_context(spec: ModelSpec, settings: _Settings, metadata: GgufMetadata) 
     shares_cells = settings.shares_cells or cannot_divide or cells < slots * length
     cells = cells if shares_cells else slots * length
     sequences = slots + _IDLE_SEQUENCES if shares_cells else slots
-    shelf_tokens = cells if shares_cells else max(length, cells // 4)
+    shelf_tokens = cells if shares_cells else min(cells, max(2 * length, cells // 4))
     return _Context(
         cells=cells,
         cells_of_one=cells if shares_cells else length,

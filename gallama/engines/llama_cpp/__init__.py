@@ -209,7 +209,17 @@ class LlamaCppEngine:
 
 
 def _shelf_tokens(options: LlamaCppOptions, for_context: bindings.ContextOptions) -> int:
-    return for_context.cells if options.shelf_tokens is None else options.shelf_tokens
+    """Tokens of finished requests to keep outside of the cache.
+
+    Where each sequence has its own cells, most of what has ended still lies there: less is left for the
+    shelf, though two texts of the greatest length find room, or one that is alone in the cache.
+    """
+    if options.shelf_tokens is not None:
+        return options.shelf_tokens
+    cells = for_context.cells
+    if for_context.shares_cells:
+        return cells
+    return min(cells, max(2 * cells // for_context.sequences, cells // 4))
 
 
 class _TextAssembler:

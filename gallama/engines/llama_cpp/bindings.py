@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,7 +375,7 @@ class NativeContext:
 
     def save(self, sequence: int) -> NDArray[np.uint8]:
         """What the cache holds of a sequence, shape (bytes,), to be restored in this context."""
-        snapshot = np.empty(lib.llama_state_seq_get_size(self._pointer, sequence), dtype=np.uint8)
+        snapshot = _returnable_memory(lib.llama_state_seq_get_size(self._pointer, sequence))
         data = _pointer_to(snapshot, ctypes.c_uint8)
         written = lib.llama_state_seq_get_data(self._pointer, data, snapshot.nbytes, sequence)
         assert written == snapshot.nbytes, "a snapshot is as large as it was announced"
@@ -454,6 +455,23 @@ class _Batch:
         self._wants_logits[:count] = wants_logits
         self._native.n_tokens = count
         return self._native
+
+
+def _returnable_memory(size: int) -> NDArray[np.uint8]:
+    """Memory that the system has back as soon as nobody holds the array, shape (size,).
+
+    malloc keeps what is given back to it. Snapshots of many lengths, taken and dropped in another order,
+    leave gaps there: half as much again as they hold themselves.
+
+    Raises:
+        MemoryError: there is not so much.
+    """
+    # Page by page, as it is written to, takes twice as long.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+    try:
+        return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=np.uint8)
+    except OSError as error:
+        raise MemoryError(f"the system has no {size} bytes") from error
 
 
 def _pointer_to(array: NDArray[Any], item: Any) -> Any:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
+from gallama.config import ModelSpec
+from gallama.engines.llama_cpp import _shelf_tokens
 from gallama.engines.llama_cpp.bindings import KvCacheFull
 from gallama.engines.llama_cpp.context import (
     IDLE_TOKENS_BESIDE_WORK,
@@ -12,6 +15,7 @@ from gallama.engines.llama_cpp.context import (
     SequenceCache,
     common_prefix,
 )
+from gallama.engines.llama_cpp.options import context_options, read_options
 from tests.engines.llama_cpp.memory_kv import MemoryKv
 
 PROMPT = list(range(100, 120))
@@ -228,6 +232,24 @@ def test_the_shelf_drops_what_was_not_used_for_longest() -> None:
     assert cache.shared_tokens([*THIRD, 1]) == 20
     assert cache.shared_tokens([*OTHER, 1]) == 0
     assert kv.tokens(0) == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("keys", "tokens"),
+    [
+        ({"cache_size": 4096, "max_concurrent_requests": 16}, 4096),
+        ({"cache_size": 8192, "max_concurrent_requests": 8}, 2048),
+        ({"cache_size": 16384, "max_concurrent_requests": 16}, 4096),
+        ({"cache_size": 4096, "max_concurrent_requests": 4}, 2048),
+        ({"cache_size": 1024, "max_concurrent_requests": 1}, 1024),
+        ({"cache_size": 8192, "max_concurrent_requests": 8, "backend_extra_args": {"shelf_tokens": 7}}, 7),
+    ],
+    ids=["shared", "two texts are a quarter", "a quarter", "two texts", "one text", "as it is told"],
+)
+def test_the_shelf_is_as_large_as_documented(keys: dict[str, Any], tokens: int) -> None:
+    spec = ModelSpec(model_id="any", max_seq_len=1024, **keys)
+    options = read_options(spec)
+    assert _shelf_tokens(options, context_options(spec, options, 1024)) == tokens
 
 
 def test_a_longer_turn_takes_its_beginnings_place_on_the_shelf() -> None:
