@@ -61,7 +61,8 @@ NESTED_KEYS = ("backend_extra_args", "default_sampling")
 _DRAFT_KEYS = ("draft_model_id", "draft_model_name", "draft_gpus", "draft_cache_size", "draft_cache_quant")
 SPECULATION_KEYS = ("speculative", *_DRAFT_KEYS, "num_draft_tokens")
 """The keys that must go together: each may be right only beside another."""
-_DRAFT_TOKENS = {"off": 0, "draft": 8, "ngram": 16}
+# With the token before them, 15 make a step of 16: on a CPU one of 17 takes an eighth longer.
+_DRAFT_TOKENS = {"off": 0, "draft": 8, "ngram": 15}
 
 CACHE_PAGE_TOKENS = 256
 MAX_TOKENS = 2**30

@@ -183,8 +183,8 @@ def test_nested_settings_are_overridden_one_by_one() -> None:
     [
         ({}, "off", 0),
         ({"speculative": "off"}, "off", 0),
-        ({"speculative": "ngram"}, "ngram", 16),
-        ({"speculative": "auto"}, "ngram", 16),
+        ({"speculative": "ngram"}, "ngram", 15),
+        ({"speculative": "auto"}, "ngram", 15),
         ({"speculative": "AUTO", "draft_model_id": "small"}, "draft", 8),
         ({"draft_model_id": "small"}, "draft", 8),
         ({"speculative": "draft", "draft_model_id": "small", "num_draft_tokens": "3"}, "draft", 3),
@@ -228,7 +228,9 @@ def test_only_one_engine_guesses_ahead() -> None:
 
 def test_a_batch_must_hold_a_draft() -> None:
     arguments = {"n_batch": 32}
-    assert spec(speculative="ngram", backend_extra_args=arguments).most_draft_tokens == 16
+    assert (
+        spec(speculative="ngram", num_draft_tokens=16, backend_extra_args=arguments).most_draft_tokens == 16
+    )
     message = problem(speculative="ngram", num_draft_tokens=17, backend_extra_args=arguments)
     assert "`backend_extra_args.n_batch` is 32" in message
     assert "`num_draft_tokens`: 17" in message

@@ -517,6 +517,7 @@ class Scheduler:
         for part in parts:
             draft = drafts.get(id(part), NO_DRAFT)
             most_tokens = min(len(draft.token_ids), room)
+            part.slot.trust.watch(part.slot.token_ids, draft)
             length = part.slot.trust.best_length(most_tokens, draft.kind, step_tokens, self._cost)
             with_drafts.append(replace(part, draft=Draft(draft.token_ids[:length], draft.kind)))
             room -= length

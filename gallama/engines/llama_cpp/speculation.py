@@ -25,7 +25,13 @@ logger = logging.getLogger(__name__)
 
 # How many last tokens are looked up in the text, the longest run first, and how many tokens a match of them
 # is trusted to foretell: two tokens alike mean little, sixteen are a copy under way.
-_TRUSTED_TOKENS = {16: 64, 8: 16, 4: 8, 2: 3}
+_TRUSTED_TOKENS = {16: 64, 8: 32, 4: 12, 2: 6}
+# So many tokens alike are a copy. Where it departs from its source, it mostly comes back to it: for as many
+# tokens as it may depart, two tokens alike not far from there say as much as six do elsewhere.
+_COPIED_TOKENS, _DEPARTED_TOKENS = 8, 16
+_ALIKE_NEARBY, _AS_ALIKE_AS = 2, 6
+# How far from where it would be the copy is looked for: some words may have been left out, or repeated.
+_TOKENS_AHEAD, _TOKENS_BACK = 16, 4
 # Places that are remembered for each length, 4 bytes each.
 _PLACES = 2**16
 # Tokens that one step takes into the index of one text, about 1.5 microseconds each.
@@ -55,7 +61,8 @@ class Draft:
 
     token_ids: list[int]
     kind: int = MODEL_DRAFT
-    """What speaks for it: a model, or that so many of the text's last tokens stood before what is guessed."""
+    """What speaks for it: a model, or that so many of the text's last tokens stood before what is guessed; at
+    least two, and no more than sixteen are counted."""
 
 
 NO_DRAFT = Draft([])
@@ -163,6 +170,8 @@ class _NgramIndex:
         self._token_ids = token_ids
         self._tables = {length: array("i", bytes(4 * _PLACES)) for length in _TRUSTED_TOKENS}
         self._next_place = 1
+        self._source = self._copied_until = 0
+        """The place behind what was copied last, 0 if nothing was; and where the text ended then."""
 
     def catch_up(self) -> None:
         """Take in what the text has grown by: each place that follows some tokens and has one itself."""
@@ -178,26 +187,62 @@ class _NgramIndex:
 
         Over and over where that is still going on.
         """
+        place, alike = self._same_tokens()
+        trusted = _TRUSTED_TOKENS[_known_length(alike)] if place else 0
+        if alike < _COPIED_TOKENS and (nearby := self._back_at_source()):
+            place, alike = nearby, max(alike, _AS_ALIKE_AS)
+            trusted = _TRUSTED_TOKENS[_COPIED_TOKENS]
+        if not place:
+            return [], MODEL_DRAFT
+        if alike >= _COPIED_TOKENS:
+            self._source, self._copied_until = place, len(self._token_ids)
+        count = min(most_tokens, trusted)
+        followed = self._token_ids[place : place + count]
+        return (followed * -(-count // len(followed)))[:count], alike
+
+    def _same_tokens(self) -> tuple[int, int]:
+        """Behind which place the text's last tokens stood before, and how many of them; 0: nowhere."""
         for length, table in self._tables.items():
             last_tokens = self._token_ids[-length:]
-            place = table[_slot(last_tokens)]  # 0: none
+            place = table[_slot(last_tokens)]
             if place and self._token_ids[place - length : place] == last_tokens:
-                count = min(most_tokens, _TRUSTED_TOKENS[length])
-                followed = self._token_ids[place : place + count]
-                return (followed * -(-count // len(followed)))[:count], length
-        return [], MODEL_DRAFT
+                return place, self._alike(place)
+        return 0, 0
+
+    def _back_at_source(self) -> int:
+        """Where a copy that has departed from its source goes on in it; 0: nowhere, or there was none."""
+        departed = len(self._token_ids) - self._copied_until
+        if not self._source or departed > _DEPARTED_TOKENS:
+            return 0
+        expected = self._source + departed
+        first, last = max(1, self._source - _TOKENS_BACK), self._source + _TOKENS_AHEAD
+        places = range(first, min(last, len(self._token_ids) - 1) + 1)
+        alike, _, place = max((self._alike(place), -abs(place - expected), place) for place in places)
+        return place if alike >= _ALIKE_NEARBY else 0
+
+    def _alike(self, place: int) -> int:
+        """How many of the text's last tokens stand before a place, too; counted up to the longest run."""
+        text, end, alike = self._token_ids, len(self._token_ids), 0
+        most = min(place, max(_TRUSTED_TOKENS))
+        while alike < most and text[place - 1 - alike] == text[end - 1 - alike]:
+            alike += 1
+        return alike
+
+
+def _known_length(alike: int) -> int:
+    """The longest of the runs that are looked up which so many equal tokens hold."""
+    return next(length for length in _TRUSTED_TOKENS if length <= alike)
 
 
 def _slot(token_ids: list[int]) -> int:
     return hash(tuple(token_ids)) & (_PLACES - 1)
 
 
-# How often a guess is right before anything is known about a text, by what speaks for it.
-_FIRST_TRUST = {MODEL_DRAFT: 0.75, 2: 0.4, 4: 0.6, 8: 0.85, 16: 0.95}
-# As how many guesses that counts.
-_FIRST_WEIGHT = 6.0
-# What a draft says of the text after the next one, and after one that was not worth computing.
-_DECAY, _DECAY_UNUSED = 0.9, 0.98
+# How often a guess is right before anything is known about a text, by what speaks for it, and as how many
+# guesses that counts.
+_FIRST_TRUST = {MODEL_DRAFT: (0.75, 6.0), 2: (0.5, 3.0), 4: (0.8, 3.0), 8: (0.9, 6.0), 16: (0.95, 6.0)}
+# What a guess says of the text after the next one, and after one that was not worth computing.
+_DECAY, _DECAY_UNUSED = 0.97, 0.98
 # In tokens of a step: what is gained by less is lost again in noise.
 _LEAST_GAIN = 0.1
 
@@ -205,15 +250,28 @@ _LEAST_GAIN = 0.1
 class Trust:
     """How far guesses are trusted in one answer: as far as they have been right, and pay for themselves.
 
-    Of a draft's tokens the k-th is right if all before it are, too: with a probability of p ** k, where p is
-    how often guesses of its kind have been right of late. Each saves a share of a step, and all of them make
-    this step longer. Where not even the best length pays, nothing is drafted; with time the text's record
-    counts less, so that a place which is easy to guess is tried again.
+    A draft's token can be right only if all before it are, and in a copy each of those makes it surer: where
+    four tokens were alike and four guesses right, eight are alike. Each that is right saves a share of a
+    step, and all of them make this step longer. Where not even the best length pays, nothing is computed,
+    but the guess is held against the text all the same, so that a place which is easy to guess is found.
     """
 
     def __init__(self) -> None:
         self._counts: dict[int, tuple[float, float]] = {}
-        """By kind: guesses that were right, and drafts that ended in a wrong one."""
+        """By kind: guessed tokens that were right, and those that were wrong."""
+        self._watched: tuple[int, int, int] | None = None
+        """A place in the text, what was guessed to stand there, and the guess's kind."""
+
+    def watch(self, token_ids: Sequence[int], draft: Draft) -> None:
+        """Learn from the guess before this one, unless it was computed: the text has gone on since.
+
+        Args:
+            token_ids: the text so far; the draft is what may follow.
+        """
+        if self._watched is not None and self._watched[0] < len(token_ids):
+            place, guessed, kind = self._watched
+            self._count(kind, is_right=token_ids[place] == guessed)
+        self._watched = (len(token_ids), draft.token_ids[0], draft.kind) if draft.token_ids else None
 
     def best_length(
         self, most_tokens: int, kind: int, step_tokens: int, cost: StepCost, seconds_per_token: float = 0.0
@@ -228,31 +286,48 @@ class Trust:
             return 0
         alone = cost.seconds(step_tokens)
         saving = alone / step_tokens
-        probability = self.probability(kind)
         best, best_gain, right, chance = 0, _LEAST_GAIN * saving, 0.0, 1.0
         for length in range(1, most_tokens + 1):
-            chance *= probability
+            chance *= self.probability(_kind_after(kind, length - 1))
             right += chance
             longer_by = cost.seconds(step_tokens + length) - alone + length * seconds_per_token
             if right * saving - longer_by > best_gain:
                 best, best_gain = length, right * saving - longer_by
-        if not best:
+        if best:
+            self._watched = None
+        else:
             self._decay(kind, _DECAY_UNUSED)
         return best
 
     def record(self, kind: int, drafted: int, accepted: int) -> None:
         """What became of a draft."""
         assert 0 <= accepted <= drafted
-        if drafted:
-            self._decay(kind, _DECAY)
-            right, wrong = self._counts.get(kind, (0.0, 0.0))
-            self._counts[kind] = right + accepted, wrong + (accepted < drafted)
+        for place in range(accepted):
+            self._count(_kind_after(kind, place), is_right=True)
+        if accepted < drafted:
+            self._count(_kind_after(kind, accepted), is_right=False)
 
     def probability(self, kind: int) -> float:
         """That a guess is right where those before it are."""
-        right, wrong = self._counts.get(kind, (0.0, 0.0))
-        return (right + _FIRST_WEIGHT * _FIRST_TRUST[kind]) / (right + wrong + _FIRST_WEIGHT)
+        right, wrong = self._counts.get(_record_of(kind), (0.0, 0.0))
+        first_trust, weight = _FIRST_TRUST[_record_of(kind)]
+        return (right + weight * first_trust) / (right + wrong + weight)
+
+    def _count(self, kind: int, *, is_right: bool) -> None:
+        self._decay(kind, _DECAY)
+        right, wrong = self._counts[_record_of(kind)]
+        self._counts[_record_of(kind)] = right + is_right, wrong + (not is_right)
 
     def _decay(self, kind: int, factor: float) -> None:
-        right, wrong = self._counts.get(kind, (0.0, 0.0))
-        self._counts[kind] = right * factor, wrong * factor
+        right, wrong = self._counts.get(_record_of(kind), (0.0, 0.0))
+        self._counts[_record_of(kind)] = right * factor, wrong * factor
+
+
+def _kind_after(kind: int, right: int) -> int:
+    """What speaks for a draft's next token when so many of it were right."""
+    return kind if kind == MODEL_DRAFT else kind + right
+
+
+def _record_of(kind: int) -> int:
+    """The kind that it is counted with."""
+    return kind if kind == MODEL_DRAFT else _known_length(kind)

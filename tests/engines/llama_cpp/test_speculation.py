@@ -10,6 +10,7 @@ from gallama.conversation import Constraint
 from gallama.engines.llama_cpp import speculation
 from gallama.engines.llama_cpp.speculation import (
     MODEL_DRAFT,
+    Draft,
     Drafter,
     NgramDrafter,
     Trust,
@@ -43,7 +44,7 @@ def guess(text: Sequence[int], most_tokens: int = 16, state: State | None = None
 
 def looked_up(text: list[int], most_tokens: int) -> list[int]:
     """The same by searching the text for its last tokens, as slowly as that is."""
-    for length, trusted in ((16, most_tokens), (8, 16), (4, 8), (2, 3)):
+    for length, trusted in ((16, 64), (8, 32), (4, 12), (2, 6)):
         for place in range(len(text) - 1, length - 1, -1):
             if text[place - length : place] == text[-length:]:
                 count = min(most_tokens, trusted)
@@ -81,8 +82,8 @@ def test_a_longer_match_goes_before_a_later_one() -> None:
 
 def test_the_fewer_tokens_are_alike_the_fewer_are_guessed() -> None:
     source = list(range(100, 150))
-    lengths = [len(guess([*source, *source[:alike]], 32)) for alike in (1, 2, 3, 4, 8, 16)]
-    assert lengths == [0, 3, 3, 8, 16, 32]
+    lengths = [len(guess([*source, *source[:alike]], 40)) for alike in (1, 2, 3, 4, 8, 16)]
+    assert lengths == [0, 6, 6, 12, 32, 40]
 
 
 def test_a_loop_is_guessed_to_go_on() -> None:
@@ -105,11 +106,44 @@ def test_a_growing_text_is_guessed_like_one_seen_at_once() -> None:
         text: list[int] = []
         drafter, drafts = NgramDrafter([END]), 0
         while len(text) < 300:
-            text += [rng.randrange(4) for _ in range(rng.choice((1, 1, 1, 2, 30)))]
+            text += [rng.randrange(10) for _ in range(rng.choice((1, 1, 1, 2, 30)))]
             (draft,) = guessed(drafter, [Wish("a", text, 8)])
             drafts += bool(draft)
             assert draft == guess(text, 8) == looked_up(text, 8)
         assert drafts > 10
+
+
+SOURCE = list(range(100, 160))
+ELSEWHERE = [*SOURCE[13:15], 55, 56, 57]
+
+
+def departed(tokens: Sequence[int], *, then: Sequence[int]) -> Draft:
+    """What is guessed where a copy of SOURCE's first 12 tokens has gone on with others, and these after them.
+
+    SOURCE[13:15] stands in another place, too, where something else follows.
+    """
+    drafter, text = NgramDrafter([END]), [*SOURCE, *ELSEWHERE, *SOURCE[:12]]
+    wish = Wish("a", text, 16)
+    assert guessed(drafter, [wish]) == [SOURCE[12:28]]
+    for token in (*tokens, *then):
+        text.append(token)
+        (draft,) = drafter.draft([wish])
+    return draft
+
+
+@pytest.mark.parametrize(
+    ("tokens", "goes_on"), [([7], 13), ([7, 8, 9], 13), ([], 13), ([7], 20), ([], 24), ([*range(70, 80)], 9)]
+)
+def test_a_copy_that_left_its_source_is_found_there_again(tokens: list[int], goes_on: int) -> None:
+    draft = departed(tokens, then=SOURCE[goes_on : goes_on + 2])
+    assert draft.token_ids == SOURCE[goes_on + 2 : goes_on + 18]
+    assert draft.kind == 6
+
+
+def test_a_copy_that_left_its_source_for_long_is_over() -> None:
+    draft = departed([7, 5] * 10, then=SOURCE[13:15])
+    assert draft.token_ids == [55, 56, 57, *SOURCE[:3]]
+    assert draft.kind == 2
 
 
 def test_texts_side_by_side_do_not_mix() -> None:
@@ -260,7 +294,8 @@ def test_long_drafts_pay_where_they_cost_next_to_nothing() -> None:
 
 
 def test_on_a_cpu_only_what_is_nearly_sure_pays() -> None:
-    assert settle(Trust(), 4, CPU, right=0.6) == [0] * 60
+    assert settle(Trust(), 2, CPU, right=0.6) == [0] * 60
+    assert settle(Trust(), 4, CPU, right=0.6)[10:] == [0] * 50
     assert settle(Trust(), 16, CPU, right=1.0)[-1] == 16
 
 
@@ -274,6 +309,37 @@ def test_a_place_that_is_easy_to_guess_is_tried_again() -> None:
     trust = Trust()
     settle(trust, 16, CPU, right=0.0)
     assert settle(trust, 16, CPU, right=1.0)[-1] == 16
+
+
+def test_what_was_right_so_far_makes_the_rest_surer() -> None:
+    copying, cost = Trust(), costs(CPU)
+    for _ in range(50):
+        copying.record(16, 16, 16)
+    assert copying.probability(15) == Trust().probability(15)
+    assert copying.best_length(16, 15, 1, cost) == 16 > Trust().best_length(16, 15, 1, cost)
+
+
+def watch(trust: Trust, kind: int, *, right: bool, computed: bool = False) -> None:
+    """Let the text go on behind a guess of one token."""
+    trust.watch([1, 2], Draft([3], kind))
+    if computed:
+        assert trust.best_length(1, kind, 1, costs(GPU)) == 1
+    trust.watch([1, 2, 3 if right else 4], Draft([]))
+
+
+def test_a_guess_that_was_not_computed_is_held_against_the_text() -> None:
+    trust = Trust()
+    for _ in range(10):
+        watch(trust, 4, right=True)
+        watch(trust, 8, right=False)
+    assert trust.probability(4) > Trust().probability(4)
+    assert trust.probability(8) < 0.5
+
+
+def test_a_guess_that_was_computed_is_not_counted_twice() -> None:
+    trust = Trust()
+    watch(trust, 16, right=False, computed=True)
+    assert trust.probability(16) == Trust().probability(16)
 
 
 def test_many_answers_at_once_leave_little_to_gain_on_a_cpu() -> None:
