@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextvars import Context
 
 from gallama.catalog import ResolvedModel
 from gallama.errors import WorkerUnavailable
@@ -48,6 +49,8 @@ class Residency:
         self._ordered: set[ModelQueue] = set()
         """Wishes that hold although no request waits for them."""
         self._evictions: set[asyncio.Task[None]] = set()
+        self._now = 0.0
+        """When the last update began, in seconds since 1970: what was not due then is looked at again."""
         self._next_look: asyncio.TimerHandle | None = None
         self._is_updating = False
         self._must_update_again = False
@@ -56,7 +59,7 @@ class Residency:
         """A request has come for a model that is not loaded. It is granted by the next `update`.
 
         Raises:
-            WorkerUnavailable: models are not loaded by requests.
+            WorkerUnavailable: models are not loaded by requests, or only pinned ones could make room.
         """
         if not any(instance.supervisor.may_start for instance in queue.instances):
             return
@@ -67,7 +70,22 @@ class Residency:
                 f" `gallama load`.",
                 code="model_not_loaded",
             )
+        if queue not in self._ordered:
+            self._check_that_others_may_leave(queue)
         self._wish(queue)
+
+    def _check_that_others_may_leave(self, queue: ModelQueue) -> None:
+        """
+        Raises:
+            WorkerUnavailable: whoever waits for this model would wait for ever.
+        """
+        pinned = [each.name for each in self._loaded() if each.model.spec.pinned]
+        if self._max_loaded is not None and len(pinned) >= self._max_loaded:
+            raise WorkerUnavailable(
+                f"{queue.name} is not loaded, and has no room: `max_loaded_models` is {self._max_loaded}, and"
+                f" what is loaded is pinned ({', '.join(pinned)}).",
+                code="model_not_loaded",
+            )
 
     def order(self, queue: ModelQueue) -> None:
         """Load the model as soon as there is room, whether or not somebody waits for it."""
@@ -94,6 +112,7 @@ class Residency:
         try:
             while self._must_update_again:
                 self._must_update_again = False
+                self._now = time.time()
                 self._withdraw_wishes()
                 self._grant_wishes()
                 self._unload_unused()
@@ -151,11 +170,10 @@ class Residency:
     def _choose_victim(self) -> ModelQueue | None:
         """The idle model that was used the longest time ago. Where all are at work, the one that has stayed
         the longest is told to begin nothing new: it leaves when it has ended what it does."""
-        now = time.time()
         stayed = [
             queue
             for queue in self._loaded()
-            if queue.may_leave and now - queue.ready_since >= self._minimum_stay_seconds
+            if queue.may_leave and self._now - queue.ready_since >= self._minimum_stay_seconds
         ]
         idle = [queue for queue in stayed if queue.is_idle]
         if idle:
@@ -166,9 +184,8 @@ class Residency:
         return None
 
     def _unload_unused(self) -> None:
-        now = time.time()
         for queue in list(self._loaded()):
-            if self._unused_at(queue) <= now:
+            if self._unused_at(queue) <= self._now:
                 logger.info("%s is unloaded: nobody has used it for its `ttl_seconds`.", queue.name)
                 self._evict(queue)
 
@@ -201,13 +218,13 @@ class Residency:
         times = [self._unused_at(queue) for queue in self._loaded()]
         if self._wishes:
             times += [queue.ready_since + self._minimum_stay_seconds for queue in self._loaded()]
-        now = time.time()
         if self._wishes:
-            times.append(now + _LOOK_SECONDS)  # memory may be given back by others than us
-        coming = [at for at in times if now < at < float("inf")]
+            times.append(self._now + _LOOK_SECONDS)  # memory may be given back by others than us
+        coming = [at for at in times if self._now < at < float("inf")]
         if coming:
-            delay = min(coming) - now
-            self._next_look = asyncio.get_running_loop().call_later(delay, self.update)
+            delay = max(min(coming) - time.time(), 0)
+            # In no request's name, whoever was the last to change something.
+            self._next_look = asyncio.get_running_loop().call_later(delay, self.update, context=Context())
 
     def _loaded(self) -> Iterator[ModelQueue]:
         return (queue for queue in self._queues() if queue.is_loaded)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from gallama.errors import DeadlineExceeded, InvalidConfig, ModelLoadFailed, ReportedError, WorkerUnavailable
+from gallama.errors import InvalidConfig, ModelLoadFailed, ReportedError, WorkerUnavailable
+from gallama.pool import residency
 from gallama.pool.pool import WorkerPool
-from gallama.pool.ticket import Ticket
 from tests.pool.fake_workers import FakeLauncher, answer, end, model, running, text_of, until
 
 
@@ -79,9 +81,9 @@ class TestRoomForOne:
     async def test_a_pinned_one_does_not(self) -> None:
         async with running(on_demand=(model("a", pinned=True), model("b")), max_loaded_models=1) as pool:
             await answer(pool, name="a")
-            with pytest.raises(DeadlineExceeded):
-                await answer(pool, name="b", ticket=Ticket(deadline=time.monotonic() + 0.1))
-            assert loaded(pool) == ["a"]
+            with pytest.raises(WorkerUnavailable, match=r"`max_loaded_models` is 1, and .* pinned \(a\)"):
+                await answer(pool, name="b")
+            assert (loaded(pool), pool.find("b").waiting) == (["a"], 0)
 
     async def test_none_leaves_before_it_has_stayed_for_a_while(self) -> None:
         async with running(
@@ -201,6 +203,15 @@ class TestTimeToLive:
             await until(lambda: pool.find("a").states == ("unloaded",))
             assert launcher.stopped == 1
             assert await text_of(pool, name="a") == "a: hi"
+
+    async def test_a_time_that_comes_while_it_is_planned_for_is_not_missed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        jumps = itertools.cycle([0, 3600])
+        monkeypatch.setattr(residency, "time", SimpleNamespace(time=lambda: time.time() + next(jumps)))
+        async with running(on_demand=(model("a", ttl_seconds=0.1),)) as pool:
+            await answer(pool, name="a")
+            await until(lambda: pool.find("a").states == ("unloaded",))
 
     async def test_a_busy_one_stays(self) -> None:
         async with running(on_demand=(model("a", ttl_seconds=0.05),)) as pool:
