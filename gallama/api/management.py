@@ -22,9 +22,9 @@ from gallama.api.error_answers import shown
 from gallama.api.keys import KeyRing
 from gallama.api.models import find_exactly
 from gallama.api.request_bodies import StrictBody, read_body, read_json
-from gallama.catalog import UNKNOWN_MODEL, ResolvedModel, resolve_model
+from gallama.catalog import UNKNOWN_MODEL, ResolvedModel, resolve_anew, resolve_model
 from gallama.catalog.embedded import installed_embedded
-from gallama.catalog.memory_need import MemoryNeed, estimate_memory
+from gallama.catalog.memory_need import estimate_memory
 from gallama.config import ModelSpec, ServerConfig
 from gallama.config.problems import explain_unknown_key
 from gallama.errors import InvalidConfig, InvalidRequest, ModelNotFound, NotAllowed, NotSupported
@@ -68,7 +68,7 @@ async def add_models(request: Request) -> Response:
     specs = _specs_in(await read_json(request, max_bytes=MAX_BODY_BYTES))
     if not keys.has_admin_keys:
         _refuse_interpreters(specs)
-    models = await asyncio.to_thread(_resolve_all, specs, config)
+    models = await asyncio.to_thread(_resolve_all, specs, config, pool.resolved_models)
     with _refused_as_request(""):
         task = pool.add(models)
     return JSONResponse(_to_task(task), 202)
@@ -133,15 +133,9 @@ async def list_available(request: Request) -> dict[str, Any]:
     """What can be loaded by its name: the models of the config file, and those that are embedded or known."""
     config: ServerConfig = request.app.state.config
     pool: WorkerPool = request.app.state.pool
-    available = await asyncio.to_thread(_find_available, config)
-    served = {model.name: model for model in pool.models}
-    known = {name: _to_known(model) for name, model in served.items() if name not in available}
-    return {
-        "models": [
-            {**entry, "loaded": name in served and served[name].is_loaded}
-            for name, entry in {**available, **known}.items()
-        ]
-    }
+    models = await asyncio.to_thread(_find_available, config, pool.resolved_models)
+    loaded = {model.name for model in pool.models if model.is_loaded}
+    return {"models": [{**entry, "loaded": name in loaded} for name, entry in models.items()]}
 
 
 @_routes.post("/download_model")
@@ -199,7 +193,9 @@ def _refuse_interpreters(specs: Sequence[tuple[str, Mapping[str, Any]]]) -> None
             )
 
 
-def _resolve_all(specs: Sequence[tuple[str, Mapping[str, Any]]], config: ServerConfig) -> list[ResolvedModel]:
+def _resolve_all(
+    specs: Sequence[tuple[str, Mapping[str, Any]]], config: ServerConfig, served: Sequence[ResolvedModel]
+) -> list[ResolvedModel]:
     """
     Raises:
         InvalidRequest, ModelNotFound: a spec is wrong, or there is no such model.
@@ -207,8 +203,26 @@ def _resolve_all(specs: Sequence[tuple[str, Mapping[str, Any]]], config: ServerC
     models = []
     for place, values in specs:
         with _refused_as_request(place):
-            models.append(resolve_model(values, config))
+            models.append(_resolve(values, config, served))
     return models
+
+
+def _resolve(
+    values: Mapping[str, Any], config: ServerConfig, served: Sequence[ResolvedModel]
+) -> ResolvedModel:
+    """What the values name: as in the config file, or by the name that it is served by.
+
+    Raises:
+        InvalidConfig: a value is wrong, or there is no such model.
+    """
+    try:
+        return resolve_model(values, config)
+    except InvalidConfig as error:
+        name = values.get("model_id")
+        named = next((model for model in served if name in (model.name, *model.aliases)), None)
+        if error.specific_code != UNKNOWN_MODEL or named is None:
+            raise
+    return resolve_anew(named, values, config)
 
 
 @contextlib.contextmanager
@@ -259,44 +273,36 @@ def _path_of(model_id: str, config: ServerConfig) -> str:
     return os.path.abspath(os.path.expanduser(model_id))
 
 
-def _find_available(config: ServerConfig) -> dict[str, dict[str, Any]]:
-    """What is known of each model that has a name without being loaded, by that name.
+def _find_available(config: ServerConfig, served: Sequence[ResolvedModel]) -> dict[str, dict[str, Any]]:
+    """What is known of each model that can be loaded by its name, by that name.
 
     One that is not there, or wrong, is listed with the reason, and hides no other.
     """
     available: dict[str, dict[str, Any]] = {}
-    for name in (*config.models, *installed_embedded()):
+    for name in (*config.models, *installed_embedded(), *(model.name for model in served)):
+        if name in available:
+            continue
         try:
-            model = resolve_model({"model_id": name}, config)
-            need = estimate_memory(model)
+            entry = _to_available(_resolve({"model_id": name}, config, served))
         except InvalidConfig as error:
             available[name] = {"name": name, "problem": error.message}
         else:
-            available.setdefault(model.name, _to_available(model, need))
+            available.setdefault(entry["name"], entry)
     return available
 
 
-def _to_available(model: ResolvedModel, need: MemoryNeed) -> dict[str, Any]:
+def _to_available(model: ResolvedModel) -> dict[str, Any]:
+    """
+    Raises:
+        InvalidConfig: its file cannot be read.
+    """
     return {
         "name": model.name,
         "aliases": list(model.aliases),
         "model_type": model.spec.model_type,
         "backend": model.spec.backend,
         "path": str(model.path),
-        "memory_need_bytes": need.host_bytes,
-        "problem": None,
-    }
-
-
-def _to_known(model: ServedModel) -> dict[str, Any]:
-    """As `_to_available`, for a model that was loaded by its path."""
-    return {
-        "name": model.name,
-        "aliases": list(model.aliases),
-        "model_type": model.model_type,
-        "backend": model.backend,
-        "path": model.path,
-        "memory_need_bytes": None,
+        "memory_need_bytes": estimate_memory(model).host_bytes,
         "problem": None,
     }
 

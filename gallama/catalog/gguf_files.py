@@ -19,7 +19,7 @@ def find_gguf(path: Path) -> Path:
     """
     file = _only_model_in(path) if path.is_dir() else path
     parts = parts_of(file)
-    missing = [part.name for part in parts if not part.is_file()]
+    missing = [part.name for part in parts if not part.exists()]
     if missing:
         raise InvalidConfig(f"{file} is split, and of its parts these are missing: {', '.join(missing)}.")
     for part in parts:
@@ -60,7 +60,7 @@ def _only_model_in(folder: Path) -> Path:
 
 def _check_magic(file: Path) -> None:
     if not file.is_file():  # reading from a pipe or a device could wait for ever
-        raise InvalidConfig(f"{file} is no file.")
+        raise InvalidConfig(f"{file} is no regular file.")
     try:
         with file.open("rb") as content:
             magic = content.read(len(_MAGIC))

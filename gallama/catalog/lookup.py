@@ -57,6 +57,17 @@ def resolve_model(values: Mapping[str, Any], config: ServerConfig) -> ResolvedMo
     return _with_draft_file(model, config, _folder_of(config) if is_from_file else Path.cwd())
 
 
+def resolve_anew(model: ResolvedModel, values: Mapping[str, Any], config: ServerConfig) -> ResolvedModel:
+    """Another instance of a model, with the values over its settings; `model_id` among them is not looked at.
+
+    Raises:
+        InvalidConfig: a value is not allowed.
+    """
+    own = model.spec.model_dump(exclude_unset=True)
+    spec = _validated(layer_values(own, {**values, "model_id": str(model.path)}))
+    return _with_draft_file(_resolved(spec, model.path, Path.cwd()), config, Path.cwd())
+
+
 def known_models(config: ServerConfig) -> list[ResolvedModel]:
     """Every model of the config file, and the embedded ones that are installed.
 

@@ -116,8 +116,11 @@ class WorkerPool:
             self._residency.order(self._queues[name])
 
     async def close(self) -> None:
-        """End every worker."""
+        """End every worker at once. Answers that run, and requests that wait, end with an error."""
         self._is_running = False
+        for queue in self._queues.values():
+            queue.is_closing = True
+            queue.refuse_all(ModelUnloaded("The server ends."))
         await self._residency.close()
         for task in self._background:
             task.cancel()
@@ -164,6 +167,11 @@ class WorkerPool:
         """
         queue = self._queue_for(name)
         return ModelIdentity(queue.name, queue.fingerprint)
+
+    @property
+    def resolved_models(self) -> list[ResolvedModel]:
+        """As what each model was loaded, or is to be."""
+        return [queue.model for queue in self._queues.values()]
 
     def find(self, name: str) -> ServedModel:
         """All that can be told about the model that answers to a name.

@@ -172,6 +172,17 @@ class TestLoading:
         twin = next(model for model in get(gateway, "/list_models")["models"] if model["name"] == "twin")
         assert twin["states"] == ["ready", "ready"]
 
+    def test_the_name_of_what_is_loaded_is_one_more_instance_with_the_same_settings(
+        self, gateway: Any
+    ) -> None:
+        add(gateway, scripted("named", reply="the same", spec={"max_seq_len": 2048}))
+        task = add(gateway, {"model_id": "named"})
+        assert (task["status"], task["models"][0]["name"]) == ("completed", "named")
+        named = next(model for model in get(gateway, "/list_models")["models"] if model["name"] == "named")
+        assert [instance["context_length"] for instance in named["instances"]] == [2048, 2048]
+        post(gateway, "/stop_model_by_port", {"port": named["instances"][0]["port"]})
+        assert content_of(ask(gateway, "named", "hi")) == "the same"
+
     def test_a_name_that_means_another_model_is_refused(self, gateway: Any) -> None:
         answer = post(gateway, "/add_model", scripted("base", reply="I am another"))
         assert refusal(answer)[:2] == (400, "invalid_value")
@@ -369,6 +380,17 @@ class TestListing:
         assert not listing["smollm2-135m"]["loaded"]
         assert listing["smollm2-135m"]["path"].endswith(".gguf")
 
+    def test_what_was_loaded_by_a_path_is_available_with_what_it_takes(
+        self, start_gateway: Any, smollm2_path: Path, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "of-mine.gguf"
+        file.symlink_to(smollm2_path)
+        gateway = start_gateway({"base": {}})
+        add(gateway, {"model_id": str(file), "cache_size": 512, "max_seq_len": 512})
+        listing = {model["name"]: model for model in get(gateway, "/list_available_models")["models"]}
+        assert listing["of-mine"]["loaded"]
+        assert listing["of-mine"]["memory_need_bytes"] > file.stat().st_size
+
     @pytest.mark.parametrize(
         "path", ["/list_models", "/list_loaded_models", "/list_available_models", "/loading_status"]
     )
@@ -450,6 +472,7 @@ class TestRefusals:
         for name in ("pipe.gguf", "link.gguf"):
             answer = post(gateway, "/add_model", {"model_id": str(tmp_path / name)})
             assert refusal(answer) == (400, "invalid_value", "model_id")
+            assert "is no regular file" in answer.json()["error"]["message"]
 
     @pytest.mark.parametrize("key", ["model_id", "model_name", "draft_model_id"])
     def test_no_name_forges_a_line_of_the_log(self, gateway: Any, key: str) -> None:
