@@ -38,6 +38,9 @@ from gallama.pool.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
+_LAST_WORDS_SECONDS = 15
+"""How long clients may take to read the error that has ended their answers."""
+
 SURFACES = (
     openai_chat.router,
     explain.router,
@@ -117,8 +120,10 @@ async def _serve(pool: WorkerPool, config: ServerConfig, listener: socket.socket
             log_level="warning",
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=math.ceil(config.drain_seconds),
-        )
+            timeout_graceful_shutdown=math.ceil(config.drain_seconds) + _LAST_WORDS_SECONDS,
+        ),
+        pool,
+        drain_seconds=config.drain_seconds,
     )
     logging.getLogger("uvicorn.error").addFilter(_is_not_our_own_cut)
     pool.start()
@@ -137,6 +142,19 @@ async def _serve(pool: WorkerPool, config: ServerConfig, listener: socket.socket
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, pool: WorkerPool, *, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._pool = pool
+        self._drain_seconds = drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but what has not ended after `drain_seconds` ends with an error that its client can
+        read, not with a connection that breaks."""
+        shutting_down = asyncio.create_task(super().shutdown(sockets))
+        await asyncio.wait({shutting_down}, timeout=self._drain_seconds)
+        await self._pool.close()
+        await shutting_down
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but any second signal hurries, and none is raised again when all is done:

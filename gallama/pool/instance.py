@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
+from contextvars import Context
 
 import psutil
 
@@ -14,6 +16,8 @@ from gallama.pool.launchers import Launcher
 from gallama.pool.routing import InstanceLoad, PrefixIndex
 from gallama.pool.supervisor import Endpoint, SupervisionLimits, Supervisor
 from gallama.pool.views import InstanceState, ServedInstance, Unloaded
+
+logger = logging.getLogger(__name__)
 
 _ALIVE: frozenset[InstanceState] = frozenset({"starting", "ready", "restarting"})
 
@@ -49,6 +53,7 @@ class Instance:
         self.prefixes = PrefixIndex(model.spec.cache_size)
         self.placement: Placement | None = None
         """Where it was last placed."""
+        self._label = f"{model.name} (instance {number})"
         self.supervisor = Supervisor(
             model,
             launcher,
@@ -56,6 +61,7 @@ class Instance:
             limits=limits,
             is_busy=lambda: self.busy > 0,
             place=self._place,
+            label=self._label,
         )
         self._choose_place = place
         self._loaded_starts = 0
@@ -69,10 +75,12 @@ class Instance:
 
     def start(self) -> None:
         """Let the supervisor work; it loads nothing before it is woken."""
-        self._run = asyncio.create_task(self.supervisor.run())
+        # Whatever happens to it later is not the doing of the request that has added it.
+        self._run = asyncio.create_task(self.supervisor.run(), context=Context())
 
     async def close(self) -> None:
         """End the process at once, and the supervisor."""
+        self.is_draining = True
         tasks = [task for task in (self._unloading, self._run) if task is not None]
         for task in tasks:
             task.cancel()
@@ -159,12 +167,21 @@ class Instance:
         memory_bytes = await self.supervisor.unload()
         gpu_bytes = gpu_bytes_before - await self._gpu_bytes(gpus)
         is_gone = process_id is None or not psutil.pid_exists(process_id)
+        is_verified = is_gone and (gpu_bytes > 0 or not gpus)
+        logger.log(
+            logging.INFO if is_verified else logging.WARNING,
+            "%s has ended and gave back %.0f MB of memory, and %.0f MB of its GPUs%s.",
+            self._label,
+            memory_bytes / 1e6,
+            max(gpu_bytes, 0) / 1e6,
+            "" if is_verified else "; that could not be verified",
+        )
         return Unloaded(
             name=self.model.name,
             instance=self.number,
             memory_bytes=memory_bytes,
             gpu_bytes=max(gpu_bytes, 0),
-            is_verified=is_gone and (gpu_bytes > 0 or not gpus),
+            is_verified=is_verified,
             cut_requests=cut_requests,
         )
 

@@ -142,9 +142,11 @@ class Supervisor:
         limits: SupervisionLimits = SupervisionLimits(),
         is_busy: Callable[[], bool] = lambda: False,
         place: Callable[[ResolvedModel], Placement | None] = _anywhere,
+        label: str = "",
     ) -> None:
         """
         Args:
+            label: what the log calls it, where its model's name is not enough.
             is_busy: whether a request is with the worker now.
             place: chooses its GPUs, at each start; what it raises is why the start has failed.
         """
@@ -169,6 +171,7 @@ class Supervisor:
         self.settled = asyncio.Event()
         """Set once the first start has succeeded or failed, or was given up."""
         self._model = model
+        self._label = label or model.name
         self._launcher = launcher
         self._on_change = on_change
         self._limits = limits
@@ -278,13 +281,13 @@ class Supervisor:
             self._fail(error, self._backoff.next_delay(0))
         except Exception:
             # Only a bug comes here; without this its requests would wait for ever.
-            logger.exception("The supervisor of %s failed.", self._model.name)
+            logger.exception("The supervisor of %s failed.", self._label)
             unavailable = WorkerUnavailable(f"{self._model.name} cannot be started.")
             self._fail(unavailable, self._backoff.next_delay(0))
 
     def _fail(self, error: GallamaError, delay: float) -> None:
         self._may_start_at = time.monotonic() + delay
-        logger.error("%s is not running: %s", self._model.name, error.message)
+        logger.error("%s is not running: %s", self._label, error.message)
         self._change("failed", error.report())
 
     async def _keep_running(self) -> None:
@@ -304,7 +307,7 @@ class Supervisor:
             ran_seconds = self._alive_at - started
             self._crashes.count(self._model.name, ran_seconds, how)
             delay = self._backoff.next_delay(ran_seconds)
-            logger.error("The worker of %s %s; it starts again in %.1f s.", self._model.name, how, delay)
+            logger.error("The worker of %s %s; it starts again in %.1f s.", self._label, how, delay)
             await asyncio.sleep(delay)
 
     @contextlib.asynccontextmanager
@@ -346,7 +349,7 @@ class Supervisor:
         self.progress, self.ready_since = 1.0, time.time()
         self.memory_bytes = worker.memory_bytes()
         self._change("ready", endpoint=endpoint)
-        logger.info("%s is ready, with a context of %d tokens.", self._model.name, endpoint.context_length)
+        logger.info("%s is ready, with a context of %d tokens.", self._label, endpoint.context_length)
         return endpoint
 
     async def _until_dead(self, worker: RunningWorker, endpoint: Endpoint) -> str:
@@ -378,7 +381,7 @@ class Supervisor:
             except OSError as error:
                 if error.errno not in _OWN_SHORTAGES:
                     return f"cannot be reached ({error})"
-                logger.warning("The worker of %s cannot be asked how it is: %s", self._model.name, error)
+                logger.warning("The worker of %s cannot be asked how it is: %s", self._label, error)
                 continue
             self.status = status
             self.memory_bytes = await asyncio.to_thread(worker.memory_bytes)
@@ -387,7 +390,7 @@ class Supervisor:
                 last, self._alive_at = status, time.monotonic()
             elif stuck_seconds >= self._limits.hang_seconds * patience(last, status, stuck_seconds):
                 return f"made no progress with its requests for {stuck_seconds:.0f} s"
-            if self.state != "ready":
+            if self.state == "restarting":  # it was suspected; one that is being ended stays so
                 self._change("ready", endpoint=endpoint)
 
     async def _next_check(self) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -112,6 +113,21 @@ def test_a_running_stream_may_end_before_the_gateway_does(start_gateway: Any) ->
         assert "data: [DONE]" in list(answer.iter_lines())
         answer.close()
     assert gateway.process.wait(5) == 0
+
+
+def test_what_runs_for_longer_than_it_may_is_told_that_the_server_ends(start_gateway: Any) -> None:
+    gateway = start_gateway({"m": SLOW}, server={"drain_seconds": 0.5})
+    with gateway.client() as client, ThreadPoolExecutor(1) as threads:
+        whole = threads.submit(gateway.post, BODY)
+        gateway.wait_for("m", busy=1)
+        stream = start_stream(client)
+        gateway.process.send_signal(signal.SIGTERM)
+        events, _ = read_to_the_end(stream.iter_lines())
+        assert json.loads(events[-1])["error"]["code"] == "model_unloaded"
+        assert whole.result().json()["error"]["code"] == "model_unloaded"
+        stream.close()
+    assert gateway.process.wait(5) == 0
+    assert "ERROR" not in gateway.log()
 
 
 def test_a_second_ctrl_c_ends_running_streams_at_once(start_gateway: Any) -> None:

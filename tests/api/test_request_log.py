@@ -43,6 +43,18 @@ def test_an_answer_that_breaks_is_told_with_its_error(start_gateway: StartGatewa
     assert "outcome=failed code=internal_error" in wait_for_line(gateway, "model=broken")
 
 
+def test_what_happens_to_a_model_is_not_told_in_the_name_of_the_request_that_has_added_it(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = start_gateway({"first": {}})
+    with gateway.client(headers={"x-request-id": "mine-3"}) as client:
+        client.post("/add_model", json={"model_id": "first"})
+        assert wait_for_line(gateway, "first (instance 2) is ready").count("mine-3") == 0
+        client.post("/remove_model", json={"model_id": "first"})
+    for instance in (1, 2):
+        wait_for_line(gateway, "[mine-3]", f"first (instance {instance}) has ended and gave back")
+
+
 def test_as_json_every_line_is_an_object_whatever_clients_send(start_gateway: StartGateway) -> None:
     key = "a-long-secret-key"
     gateway = start_gateway(
