@@ -6,10 +6,12 @@ import importlib
 import re
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
 
+from gallama.config.server_config import ServerSettings
 from gallama.constraints import (
     admission,
     client_grammars,
@@ -20,6 +22,10 @@ from gallama.constraints import (
 )
 from gallama.conversation import Guarantee
 from gallama.engines.llama_cpp.options import LlamaCppOptions
+from gallama.pool.launchers.local import STOP_SECONDS
+from gallama.pool.pool import MAX_TRIES
+from gallama.pool.supervisor import Backoff, CrashCounter
+from gallama.pool.views import InstanceState
 
 ROOT = Path(__file__).parents[1]
 LIFE = (ROOT / "docs/life_of_a_request.md").read_text()
@@ -103,3 +109,20 @@ def test_the_settings_of_llama_cpp_are_explained_with_their_defaults() -> None:
     for key, field in LlamaCppOptions.model_fields.items():
         if isinstance(field.default, int):  # else the model or the machine decides
             assert explained[key] == str(field.default).lower(), key
+
+
+def test_the_supervision_document_names_every_state_and_the_times_that_hold() -> None:
+    document = (ROOT / "docs/supervision.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", document, re.MULTILINE) == list(get_args(InstanceState))
+    for key in ("probe_interval_seconds", "hang_seconds", "drain_seconds"):
+        assert f"`{key}` ({ServerSettings.model_fields[key].default})" in document
+    words = " ".join(document.split())
+    assert f"before the first restart | {Backoff.FIRST_SECONDS:g} |" in words
+    assert f"twice as long, up to {Backoff.LONGEST_SECONDS:g} |" in words
+    assert f"the delay begins anew | {Backoff.STABLE_SECONDS:g} |" in words
+    assert CrashCounter.MOST_SHORT_RUNS == 5
+    assert f"Five runs in a row of less than {CrashCounter.SHORT_RUN_SECONDS:g} seconds" in words
+    assert f"left alone for {CrashCounter.PAUSE_SECONDS:g} seconds" in words
+    assert f"may end by itself for {STOP_SECONDS:g} seconds" in words
+    assert MAX_TRIES == 3
+    assert "At most three workers are asked" in words
