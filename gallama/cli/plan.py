@@ -40,6 +40,8 @@ class Plan:
     need: MemoryNeed
     """Of one instance."""
     shares: tuple[Share, ...]
+    unseen_gpus: tuple[int, ...]
+    """The indexes of GPUs that are asked for where none are seen: nothing is known of them."""
     problem: str
     """Why the instances cannot even be placed; ""."""
 
@@ -97,7 +99,9 @@ def plan_memory(model: ResolvedModel, gpus: Sequence[Gpu], available_bytes: int)
         number = f"Instance {len(placements) + 1} of {model.spec.replicas}: " if placements else ""
         problem = number + error.report().message
     shares = [] if problem else [*_on_gpus(gpus, placements), _main_memory(need, placements, available_bytes)]
-    return Plan(model=model, need=need, shares=tuple(shares), problem=problem)
+    asked = {index for placement in placements for index in placement.gpus}
+    unseen = tuple(sorted(asked - {gpu.index for gpu in gpus}))
+    return Plan(model=model, need=need, shares=tuple(shares), unseen_gpus=unseen, problem=problem)
 
 
 def _on_gpus(gpus: Sequence[Gpu], placements: Sequence[Placement]) -> Iterator[Share]:
@@ -134,6 +138,7 @@ def to_json(planned: Plan) -> dict[str, object]:
             "shelf_bytes": need.shelf_bytes,
         },
         "memories": [asdict(share) | {"fits": share.fits} for share in planned.shares],
+        "unseen_gpus": list(planned.unseen_gpus),
         "fits": planned.fits,
         "problem": planned.problem,
     }
@@ -164,8 +169,15 @@ def lines(planned: Plan) -> list[str]:
             + ("" if share.fits else ", which is too little")
             for share in planned.shares
         ),
-        planned.problem or ("It fits." if planned.fits else "It does not fit."),
+        *(f"GPU {index}: not seen from here, so not judged" for index in planned.unseen_gpus),
+        planned.problem or _verdict(planned),
     ]
+
+
+def _verdict(planned: Plan) -> str:
+    if not planned.fits:
+        return "It does not fit."
+    return "It fits, as far as can be seen." if planned.unseen_gpus else "It fits."
 
 
 def _size(size: int) -> str:

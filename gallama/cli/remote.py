@@ -243,7 +243,7 @@ def _state(instance: dict[str, Any]) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
+    return f"{count / 10**9:.1f} GB" if count >= 10**9 else f"{count / 10**6:.0f} MB"
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -105,6 +105,16 @@ def test_a_gpu_that_is_not_there_is_an_error() -> None:
         planned(24, gpus="0,1")
 
 
+def test_gpus_that_cannot_be_seen_are_named_as_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    plan = planned(gpus="0,20")
+    assert (plan.fits, plan.unseen_gpus, to_json(plan)["unseen_gpus"]) == (True, (1,), [1])
+    assert lines(plan)[-2:] == [
+        "GPU 1: not seen from here, so not judged",
+        "It fits, as far as can be seen.",
+    ]
+
+
 def test_a_model_on_the_cpu_needs_main_memory() -> None:
     plan = planned(24, gpus="0", main_memory=0.1)
     assert [(share.memory, share.fits) for share in plan.shares] == [("main memory", False)]

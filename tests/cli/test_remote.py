@@ -79,7 +79,7 @@ def instance(**values: Any) -> dict[str, Any]:
         "served": 7,
         "capacity": 16,
         "context_length": 4096,
-        "memory_bytes": 300 * 2**20,
+        "memory_bytes": 300 * 10**6,
         "gpus": [],
         "problem": None,
         **values,
@@ -98,7 +98,7 @@ class TestPs:
             {
                 "name": "b",
                 "waiting": 0,
-                "instances": [instance(instance=12, state="starting", progress=0.5, memory_bytes=3 * 2**30)],
+                "instances": [instance(instance=12, state="starting", progress=0.5, memory_bytes=3 * 10**9)],
             },
         ]
         with answering({"models": models}) as server:
@@ -189,7 +189,7 @@ class TestLoad:
 REMOVED = {
     "name": "demo",
     "instance": 3,
-    "memory_freed_bytes": 300 * 2**20,
+    "memory_freed_bytes": 300 * 10**6,
     "gpu_memory_freed_bytes": 0,
     "verified": True,
     "cut_requests": 0,
@@ -205,7 +205,7 @@ class TestUnload:
         assert server.requests == [("POST", "/remove_model", None, {"model_id": "demo"})]
 
     def test_what_went_less_well_is_told_too(self, capsys: pytest.CaptureFixture[str]) -> None:
-        less = {"gpu_memory_freed_bytes": 2**31, "verified": False, "cut_requests": 2}
+        less = {"gpu_memory_freed_bytes": 2 * 10**9, "verified": False, "cut_requests": 2}
         with answering({"removed": [REMOVED | less]}) as server:
             main(["unload", "demo", "--url", server.url])
         assert capsys.readouterr().out == (
