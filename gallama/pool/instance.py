@@ -48,6 +48,8 @@ class Instance:
         self.model = model
         self.is_trial = is_trial
         self.is_draining = False
+        self.is_going = False
+        """It is being taken away: nothing is to load it again."""
         self.busy = 0
         self.served = 0
         self.prefixes = PrefixIndex(model.spec.cache_size)
@@ -64,6 +66,7 @@ class Instance:
             label=self._label,
         )
         self._choose_place = place
+        self._has_new_state = False
         self._loaded_starts = 0
         self._port = port
         self._on_change = on_change
@@ -81,9 +84,10 @@ class Instance:
     async def close(self) -> None:
         """End the process at once, and the supervisor."""
         self.is_draining = True
+        self._idle.set()  # what still runs is cut; whoever waits for an unload hears of it
+        if self._run is not None:
+            self._run.cancel()
         tasks = [task for task in (self._unloading, self._run) if task is not None]
-        for task in tasks:
-            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
@@ -103,6 +107,21 @@ class Instance:
     @property
     def has_room(self) -> bool:
         return self.supervisor.state == "ready" and not self.is_draining and self.busy < self.capacity
+
+    @property
+    def may_start(self) -> bool:
+        """Whether a wake would load the model."""
+        return self.supervisor.may_start and not self.is_going
+
+    def wake(self) -> None:
+        """Load the model if it is not loaded, and may be."""
+        if self.may_start:
+            self.supervisor.wake()
+
+    def has_new_state(self) -> bool:
+        """Whether its supervisor's state, or why it is so, has changed since this was last asked."""
+        is_new, self._has_new_state = self._has_new_state, False
+        return is_new
 
     def has_loaded_anew(self) -> bool:
         """Whether a process has become ready since this was last asked."""
@@ -138,16 +157,11 @@ class Instance:
     async def unload(self, drain_seconds: float) -> Unloaded:
         """Take no more requests, let those that run end for so long, and end the process.
 
-        Whoever asks for it while it is under way waits for the same end.
+        Whoever asks for it while it is under way waits for the same end. It goes on when nobody waits.
         """
         if self._unloading is None:
             self._unloading = asyncio.create_task(self._unload(drain_seconds))
-        unloading = self._unloading
-        try:
-            return await asyncio.shield(unloading)
-        finally:
-            if unloading.done() and self._unloading is unloading:
-                self._unloading = None
+        return await asyncio.shield(self._unloading)
 
     async def _unload(self, drain_seconds: float) -> Unloaded:
         self.is_draining = True
@@ -159,6 +173,7 @@ class Instance:
             return await self._end_process()
         finally:
             self.is_draining = False
+            self._unloading = None
             self._on_change(self)
 
     async def _end_process(self) -> Unloaded:
@@ -199,6 +214,7 @@ class Instance:
             self.prefixes.forget()
         else:
             self.is_trial = False
+        self._has_new_state = True
         self._on_change(self)
 
     def view(self, *, is_queued: bool) -> ServedInstance:

@@ -99,7 +99,7 @@ class LoadTasks:
 
 def _look_at(entry: _Entry) -> None:
     supervisor = entry.instance.supervisor
-    if supervisor.state == "ready":
+    if supervisor.state == "ready" and not entry.instance.is_draining:
         entry.status = "completed"
     elif supervisor.state == "failed" and supervisor.problem is not None:
         entry.status, entry.problem = "failed", supervisor.problem.message

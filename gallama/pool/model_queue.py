@@ -166,7 +166,7 @@ class ModelQueue:
     def wake(self) -> None:
         """Load what is not loaded, as far as failed starts allow it now."""
         for instance in self.instances:
-            instance.supervisor.wake()
+            instance.wake()
 
     def stay(self) -> None:
         """Nobody waits for its place any more."""
@@ -188,6 +188,8 @@ class ModelQueue:
 
     def changed(self) -> None:
         """Something about its instances or its place among the models is not as before."""
+        if not self.is_loaded:
+            self.is_yielding = False  # there is nothing left that it could yield
         if not self._may_become_ready():
             self.refuse_all(self._unavailable())
         self._assign()
@@ -210,6 +212,8 @@ class ModelQueue:
         waiting = self._enter(request, in_front=in_front)
         ticket.find_position = lambda: self._position(waiting)
         try:
+            self._assign()
+            self._on_change()
             slot = await self._wait(waiting, ticket.deadline)
         except BaseException:
             self._abandon(waiting)
@@ -237,7 +241,7 @@ class ModelQueue:
 
     def _enter(self, request: ChatRequest, *, in_front: bool) -> _Waiting:
         self.last_used = time.time()
-        if self.is_closing:
+        if self.is_closing or not self.instances:
             raise ModelUnloaded(
                 f"{self.name} is being unloaded.", retry_after_seconds=_UNLOADING_RETRY_SECONDS
             )
@@ -250,17 +254,17 @@ class ModelQueue:
         enter: Callable[[_Waiting], None] = self._waiting.appendleft if in_front else self._waiting.append
         enter(waiting)
         self._waiting_tokens += waiting.tokens
-        self._assign()
-        self._on_change()
         return waiting
 
     def _load_what_is_missing(self) -> None:
-        if not self.is_loaded and not self.is_leaving:
+        if self.is_leaving:
+            return  # it comes back as a whole
+        if not self.is_loaded:
             self._ask_for_load(self)
             return
         for instance in self.instances:
             if instance.supervisor.state == "failed":
-                instance.supervisor.wake()
+                instance.wake()
 
     def _check_room(self, tokens: int) -> None:
         """

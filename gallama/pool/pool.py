@@ -7,9 +7,10 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -40,6 +41,8 @@ from gallama.pool.views import InstanceState, LoadTask, Problem, ServedModel, Un
 from gallama.wire import stream_chat
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_TRIES = 3
 """Workers that are asked one request, as long as none of them has begun to answer it."""
@@ -90,7 +93,7 @@ class WorkerPool:
         self._names_by_alias: dict[str, str] = {}
         self._tasks = LoadTasks()
         self._problems: deque[Problem] = deque(maxlen=MAX_KEPT_PROBLEMS)
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
         self._is_running = False
         self._is_changing = False
         self._residency = Residency(
@@ -122,12 +125,10 @@ class WorkerPool:
             queue.is_closing = True
             queue.refuse_all(ModelUnloaded("The server ends."))
         await self._residency.close()
-        for task in self._background:
-            task.cancel()
         instances = [instance for queue in self._queues.values() for instance in queue.instances]
-        await asyncio.gather(
-            *(instance.close() for instance in instances), *self._background, return_exceptions=True
-        )
+        await asyncio.gather(*(instance.close() for instance in instances), return_exceptions=True)
+        while self._background:
+            await asyncio.gather(*self._background, return_exceptions=True)
 
     async def settled(self) -> list[InstanceState]:
         """Wait until every instance that `start` loads has become ready or has failed; their states."""
@@ -251,28 +252,35 @@ class WorkerPool:
         return self._tasks.views
 
     async def remove(self, name: str) -> list[Unloaded]:
-        """Let the model's answers end, and end its processes.
+        """Let the model's answers end, and end its processes; instances that are added meanwhile stay.
 
-        A model that was known before it was loaded stays known, and may be asked for again.
+        A model that was known before it was loaded stays known, and may be asked for again. If this is
+        cancelled, it goes on all the same.
 
         Raises:
             ModelNotFound: no model has the name.
         """
-        queue = self._named(name)
+        return await asyncio.shield(self._in_background(self._remove(self._named(name))))
+
+    async def _remove(self, queue: ModelQueue) -> list[Unloaded]:
+        going = list(queue.instances)
+        for instance in going:
+            instance.is_going = True
         queue.is_closing = True
         self._residency.forget(queue)
         queue.refuse_all(ModelUnloaded(f"{queue.name} was unloaded."))
-        try:
-            unloaded = await queue.unload(self._config.drain_seconds)
-        finally:
-            queue.is_closing = False
-        for instance in list(queue.instances):
-            self._drop(queue, instance, "The model was unloaded before it was loaded.")
+        unloaded = await queue.unload(self._config.drain_seconds)
+        queue.is_closing = not self._is_running
+        for instance in going:
+            if instance in queue.instances:
+                self._drop(queue, instance, "The model was unloaded before it was loaded.")
         self._forget_or_reset(queue)
         return unloaded
 
     async def remove_instance(self, number: int) -> Unloaded:
         """Let one instance's answers end, and end its process; others of its model go on.
+
+        If this is cancelled, it goes on all the same.
 
         Raises:
             ModelNotFound: there is none of the number.
@@ -285,7 +293,10 @@ class WorkerPool:
         ]
         if not found:
             raise ModelNotFound(f"There is no instance {number}.")
-        queue, instance = found[0]
+        return await asyncio.shield(self._in_background(self._remove_instance(*found[0])))
+
+    async def _remove_instance(self, queue: ModelQueue, instance: Instance) -> Unloaded:
+        instance.is_going = True
         unloaded = await instance.unload(self._config.drain_seconds)
         if instance in queue.instances:
             self._drop(queue, instance, "The instance was stopped before its model was loaded.")
@@ -347,10 +358,11 @@ class WorkerPool:
         ]
 
     def _instance_changed(self, queue: ModelQueue, instance: Instance) -> None:
-        queue.count(instance)
         problem = instance.supervisor.problem
-        if problem is not None:
-            self._note_problem(queue.name, instance.number, problem.code, problem.message)
+        if instance.has_new_state():
+            queue.count(instance)
+            if problem is not None:
+                self._note_problem(queue.name, instance.number, problem.code, problem.message)
         queue.changed()
 
     def _note_problem(self, model: str, instance: int, code: str, message: str) -> None:
@@ -382,20 +394,26 @@ class WorkerPool:
         """An instance without a process is not to come back."""
         self._tasks.give_up(instance, why)
         queue.take_away(instance)
-        task = asyncio.create_task(instance.close())
+        self._in_background(instance.close())
+
+    def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Work that `close` waits for, and nobody else need."""
+        task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     def _forget_or_reset(self, queue: ModelQueue) -> None:
         """What a model without instances comes to: known and unloaded again, or nothing."""
         if queue.instances or self._queues.get(queue.name) is not queue:
             return
+        self._residency.forget(queue)
+        queue.refuse_all(ModelUnloaded(f"{queue.name} was unloaded."))
         known = self._on_demand.get(queue.name)
         if known:
             for model in _instances_of(known):
                 self._new_instance(queue, model, is_trial=False)
             return
-        self._residency.forget(queue)
         del self._queues[queue.name]
         self._names_by_alias = {
             alias: name for alias, name in self._names_by_alias.items() if name != queue.name

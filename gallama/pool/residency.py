@@ -61,7 +61,7 @@ class Residency:
         Raises:
             WorkerUnavailable: models are not loaded by requests, or only pinned ones could make room.
         """
-        if not any(instance.supervisor.may_start for instance in queue.instances):
+        if not any(instance.may_start for instance in queue.instances):
             return
         has_failed = any(instance.supervisor.state == "failed" for instance in queue.instances)
         if not self._auto_load and not has_failed:
