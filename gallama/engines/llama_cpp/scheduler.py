@@ -545,7 +545,9 @@ class Scheduler:
             return None
         if seconds := self._drafter.seconds_per_token:
             most_tokens = slot.trust.best_length(most_tokens, MODEL_DRAFT, step_tokens, self._cost, seconds)
-        return Wish(slot, slot.token_ids, most_tokens, slot.job.request.state) if most_tokens else None
+        if not most_tokens:
+            return None
+        return Wish(slot, slot.token_ids, most_tokens, slot.job.request.state, slot.prompt_length)
 
     def _write(self, part: _Part, rows: list[NDArray[np.float32]], mask_row: int) -> None:
         """Choose the slot's next token, and one more for each that was guessed before it."""

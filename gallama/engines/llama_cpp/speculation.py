@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gallama.engines.llama_cpp.step_cost import StepCost
 from gallama.errors import GallamaError
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 # How many last tokens are looked up in the text, the longest run first, and how many tokens a match of them
 # is trusted to foretell: two tokens alike mean little, sixteen are a copy under way.
 _TRUSTED_TOKENS = {16: 64, 8: 32, 4: 12, 2: 6}
+_KNOWN_LENGTHS = [max((run for run in _TRUSTED_TOKENS if run <= alike), default=0) for alike in range(17)]
 # So many tokens alike are a copy. Where it departs from its source, it mostly comes back to it: for as many
 # tokens as it may depart, two tokens alike not far from there say as much as six do elsewhere.
 _COPIED_TOKENS, _DEPARTED_TOKENS = 8, 16
@@ -49,10 +50,20 @@ class Wish:
     most_tokens: int
     state: State | None = None
     """The grammar at the end of `token_ids`, which a drafter clones and never changes."""
+    prompt_length: int = 0
+    """How many of the tokens are the prompt."""
 
 
-# The kind of a draft that a model made.
-MODEL_DRAFT = 0
+class Kind(NamedTuple):
+    """What speaks for a draft."""
+
+    alike: int
+    """How many of the text's last tokens stood before what is guessed, too, up to 16; 0: a model guesses."""
+    is_from_prompt: bool = False
+    """Whether that is in the prompt. What an answer repeats of itself it also leaves again sooner."""
+
+
+MODEL_DRAFT = Kind(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +71,7 @@ class Draft:
     """A guess at the next tokens; without any there is none."""
 
     token_ids: list[int]
-    kind: int = MODEL_DRAFT
-    """What speaks for it: a model, or that so many of the text's last tokens stood before what is guessed; at
-    least two, and no more than sixteen are counted."""
+    kind: Kind = MODEL_DRAFT
 
 
 NO_DRAFT = Draft([])
@@ -147,11 +156,11 @@ class NgramDrafter:
         if index is None:
             index = self._indexes[wish.key] = _NgramIndex(wish.token_ids)
         index.catch_up()
-        token_ids, kind = index.continuation(wish.most_tokens)
+        token_ids, alike, place = index.continuation(wish.most_tokens)
         token_ids = self._until_end(token_ids)
         if wish.state is not None and token_ids:
             token_ids = cut_to_grammar(wish.state, token_ids, wish.most_tokens)
-        return Draft(token_ids, kind)
+        return Draft(token_ids, Kind(alike, is_from_prompt=place < wish.prompt_length))
 
     def _until_end(self, token_ids: list[int]) -> list[int]:
         """An end token is never a good guess: where it is right, nothing comes behind it."""
@@ -182,10 +191,10 @@ class _NgramIndex:
                     table[_slot(self._token_ids[place - length : place])] = place
         self._next_place = max(end, self._next_place)
 
-    def continuation(self, most_tokens: int) -> tuple[list[int], int]:
-        """What followed the text's last tokens before, and how many of those stood there too.
+    def continuation(self, most_tokens: int) -> tuple[list[int], int, int]:
+        """What followed the text's last tokens before, how many of those stood there too, and where that is.
 
-        Over and over where that is still going on.
+        Over and over where it is still going on; nothing, 0 and 0 where there is no such place.
         """
         place, alike = self._same_tokens()
         trusted = _TRUSTED_TOKENS[_known_length(alike)] if place else 0
@@ -193,12 +202,12 @@ class _NgramIndex:
             place, alike = nearby, max(alike, _AS_ALIKE_AS)
             trusted = _TRUSTED_TOKENS[_COPIED_TOKENS]
         if not place:
-            return [], MODEL_DRAFT
+            return [], 0, 0
         if alike >= _COPIED_TOKENS:
             self._source, self._copied_until = place, len(self._token_ids)
         count = min(most_tokens, trusted)
         followed = self._token_ids[place : place + count]
-        return (followed * -(-count // len(followed)))[:count], alike
+        return (followed * -(-count // len(followed)))[:count], alike, place
 
     def _same_tokens(self) -> tuple[int, int]:
         """Behind which place the text's last tokens stood before, and how many of them; 0: nowhere."""
@@ -230,17 +239,22 @@ class _NgramIndex:
 
 
 def _known_length(alike: int) -> int:
-    """The longest of the runs that are looked up which so many equal tokens hold."""
-    return next(length for length in _TRUSTED_TOKENS if length <= alike)
+    """The longest of the runs that are looked up which so many equal tokens hold, two or more."""
+    return _KNOWN_LENGTHS[min(alike, len(_KNOWN_LENGTHS) - 1)]
 
 
 def _slot(token_ids: list[int]) -> int:
     return hash(tuple(token_ids)) & (_PLACES - 1)
 
 
-# How often a guess is right before anything is known about a text, by what speaks for it, and as how many
-# guesses that counts.
-_FIRST_TRUST = {MODEL_DRAFT: (0.75, 6.0), 2: (0.5, 3.0), 4: (0.8, 3.0), 8: (0.9, 6.0), 16: (0.95, 6.0)}
+# How often a guess is right before anything is known about a text, by what speaks for it.
+_FIRST_TRUST = {
+    MODEL_DRAFT: 0.75,
+    **{Kind(alike, True): trust for alike, trust in {2: 0.5, 4: 0.8, 8: 0.95, 16: 0.97}.items()},
+    **{Kind(alike, False): trust for alike, trust in {2: 0.4, 4: 0.6, 8: 0.8, 16: 0.9}.items()},
+}
+# As how many guesses that counts.
+_FIRST_WEIGHT = 6.0
 # What a guess says of the text after the next one, and after one that was not worth computing.
 _DECAY, _DECAY_UNUSED = 0.97, 0.98
 # In tokens of a step: what is gained by less is lost again in noise.
@@ -257,9 +271,9 @@ class Trust:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[int, tuple[float, float]] = {}
+        self._counts: dict[Kind, tuple[float, float]] = {}
         """By kind: guessed tokens that were right, and those that were wrong."""
-        self._watched: tuple[int, int, int] | None = None
+        self._watched: tuple[int, int, Kind] | None = None
         """A place in the text, what was guessed to stand there, and the guess's kind."""
 
     def watch(self, token_ids: Sequence[int], draft: Draft) -> None:
@@ -274,7 +288,7 @@ class Trust:
         self._watched = (len(token_ids), draft.token_ids[0], draft.kind) if draft.token_ids else None
 
     def best_length(
-        self, most_tokens: int, kind: int, step_tokens: int, cost: StepCost, seconds_per_token: float = 0.0
+        self, most_tokens: int, kind: Kind, step_tokens: int, cost: StepCost, seconds_per_token: float = 0.0
     ) -> int:
         """How many of a draft's tokens to compute, at most; 0: none.
 
@@ -299,7 +313,7 @@ class Trust:
             self._decay(kind, _DECAY_UNUSED)
         return best
 
-    def record(self, kind: int, drafted: int, accepted: int) -> None:
+    def record(self, kind: Kind, drafted: int, accepted: int) -> None:
         """What became of a draft."""
         assert 0 <= accepted <= drafted
         for place in range(accepted):
@@ -307,27 +321,27 @@ class Trust:
         if accepted < drafted:
             self._count(_kind_after(kind, accepted), is_right=False)
 
-    def probability(self, kind: int) -> float:
+    def probability(self, kind: Kind) -> float:
         """That a guess is right where those before it are."""
         right, wrong = self._counts.get(_record_of(kind), (0.0, 0.0))
-        first_trust, weight = _FIRST_TRUST[_record_of(kind)]
-        return (right + weight * first_trust) / (right + wrong + weight)
+        first_trust = _FIRST_TRUST[_record_of(kind)]
+        return (right + _FIRST_WEIGHT * first_trust) / (right + wrong + _FIRST_WEIGHT)
 
-    def _count(self, kind: int, *, is_right: bool) -> None:
+    def _count(self, kind: Kind, *, is_right: bool) -> None:
         self._decay(kind, _DECAY)
         right, wrong = self._counts[_record_of(kind)]
         self._counts[_record_of(kind)] = right + is_right, wrong + (not is_right)
 
-    def _decay(self, kind: int, factor: float) -> None:
+    def _decay(self, kind: Kind, factor: float) -> None:
         right, wrong = self._counts.get(_record_of(kind), (0.0, 0.0))
         self._counts[_record_of(kind)] = right * factor, wrong * factor
 
 
-def _kind_after(kind: int, right: int) -> int:
+def _kind_after(kind: Kind, right: int) -> Kind:
     """What speaks for a draft's next token when so many of it were right."""
-    return kind if kind == MODEL_DRAFT else kind + right
+    return Kind(kind.alike + right, kind.is_from_prompt) if kind.alike else kind
 
 
-def _record_of(kind: int) -> int:
+def _record_of(kind: Kind) -> Kind:
     """The kind that it is counted with."""
-    return kind if kind == MODEL_DRAFT else _known_length(kind)
+    return Kind(_known_length(kind.alike), kind.is_from_prompt) if kind.alike else kind

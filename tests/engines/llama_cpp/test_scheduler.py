@@ -29,7 +29,7 @@ from gallama.engines.llama_cpp.scheduler import (
     Update,
     even_shares,
 )
-from gallama.engines.llama_cpp.speculation import Draft, Drafter, NgramDrafter, Wish
+from gallama.engines.llama_cpp.speculation import Draft, Drafter, Kind, NgramDrafter, Wish
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
 from gallama.generation import EndReason, GenerationRequest, SamplingSettings, State, StateStatus
 from tests.engines.llama_cpp.memory_kv import MemoryKv
@@ -540,7 +540,7 @@ class Oracle:
     seconds_per_token = 0.0
 
     def draft(self, wishes: Sequence[Wish]) -> list[Draft]:
-        return [Draft(self._draft(wish), 16) for wish in wishes]
+        return [Draft(self._draft(wish), Kind(16)) for wish in wishes]
 
     def _draft(self, wish: Wish) -> list[int]:
         text = wish.token_ids.copy()

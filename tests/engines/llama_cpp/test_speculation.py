@@ -12,6 +12,7 @@ from gallama.engines.llama_cpp.speculation import (
     MODEL_DRAFT,
     Draft,
     Drafter,
+    Kind,
     NgramDrafter,
     Trust,
     Wish,
@@ -137,13 +138,21 @@ def departed(tokens: Sequence[int], *, then: Sequence[int]) -> Draft:
 def test_a_copy_that_left_its_source_is_found_there_again(tokens: list[int], goes_on: int) -> None:
     draft = departed(tokens, then=SOURCE[goes_on : goes_on + 2])
     assert draft.token_ids == SOURCE[goes_on + 2 : goes_on + 18]
-    assert draft.kind == 6
+    assert draft.kind == Kind(6)
 
 
 def test_a_copy_that_left_its_source_for_long_is_over() -> None:
     draft = departed([7, 5] * 10, then=SOURCE[13:15])
     assert draft.token_ids == [55, 56, 57, *SOURCE[:3]]
-    assert draft.kind == 2
+    assert draft.kind == Kind(2)
+
+
+def test_a_draft_tells_how_much_is_alike_and_whether_in_the_prompt() -> None:
+    text = [*SOURCE, 7, *SOURCE[5:10]]
+    for prompt_length, is_from_prompt in ((len(SOURCE), True), (5, False)):
+        wish = Wish("a", text, 8, prompt_length=prompt_length)
+        (draft,) = NgramDrafter([END]).draft([wish])
+        assert draft == Draft(SOURCE[10:18], Kind(5, is_from_prompt))
 
 
 def test_texts_side_by_side_do_not_mix() -> None:
@@ -277,7 +286,10 @@ GPU = {1: 0.010, 20: 0.0105}
 CPU = {1: 0.0075, 2: 0.0136, 3: 0.0193, 4: 0.0213, 5: 0.027, 6: 0.029, 8: 0.035, 12: 0.05, 16: 0.069}
 
 
-def settle(trust: Trust, kind: int, seconds: dict[int, float], *, right: float) -> list[int]:
+COPY = {alike: Kind(alike, is_from_prompt=True) for alike in (2, 4, 8, 16)}
+
+
+def settle(trust: Trust, kind: Kind, seconds: dict[int, float], *, right: float) -> list[int]:
     """The lengths of 60 drafts, of whose tokens a share is right, one after the other."""
     rng, cost, lengths = random.Random(0), costs(seconds), []
     for _ in range(60):
@@ -289,37 +301,42 @@ def settle(trust: Trust, kind: int, seconds: dict[int, float], *, right: float) 
 
 
 def test_long_drafts_pay_where_they_cost_next_to_nothing() -> None:
-    assert settle(Trust(), 16, GPU, right=1.0)[0] == 16
-    assert min(settle(Trust(), 4, GPU, right=0.6)[20:]) >= 2
+    assert settle(Trust(), COPY[16], GPU, right=1.0)[0] == 16
+    assert min(settle(Trust(), COPY[4], GPU, right=0.6)[20:]) >= 2
 
 
 def test_on_a_cpu_only_what_is_nearly_sure_pays() -> None:
-    assert settle(Trust(), 2, CPU, right=0.6) == [0] * 60
-    assert settle(Trust(), 4, CPU, right=0.6)[10:] == [0] * 50
-    assert settle(Trust(), 16, CPU, right=1.0)[-1] == 16
+    assert settle(Trust(), COPY[2], CPU, right=0.6) == [0] * 60
+    assert settle(Trust(), COPY[4], CPU, right=0.6)[10:] == [0] * 50
+    assert settle(Trust(), COPY[16], CPU, right=1.0)[-1] == 16
 
 
 def test_drafting_ends_by_itself_where_it_loses() -> None:
-    lengths = settle(Trust(), 16, CPU, right=0.5)
+    lengths = settle(Trust(), COPY[16], CPU, right=0.5)
     assert lengths[0] > 0
     assert sum(length > 0 for length in lengths[10:]) <= 5, "now and then it is tried again"
 
 
 def test_a_place_that_is_easy_to_guess_is_tried_again() -> None:
     trust = Trust()
-    settle(trust, 16, CPU, right=0.0)
-    assert settle(trust, 16, CPU, right=1.0)[-1] == 16
+    settle(trust, COPY[16], CPU, right=0.0)
+    assert settle(trust, COPY[16], CPU, right=1.0)[-1] == 16
+
+
+def test_what_an_answer_repeats_of_itself_is_trusted_less_than_what_it_copies() -> None:
+    for alike in (2, 4, 8, 16):
+        assert Trust().probability(Kind(alike)) < Trust().probability(COPY[alike])
 
 
 def test_what_was_right_so_far_makes_the_rest_surer() -> None:
-    copying, cost = Trust(), costs(CPU)
+    repeating, cost = Trust(), costs(CPU)
     for _ in range(50):
-        copying.record(16, 16, 16)
-    assert copying.probability(15) == Trust().probability(15)
-    assert copying.best_length(16, 15, 1, cost) == 16 > Trust().best_length(16, 15, 1, cost)
+        repeating.record(Kind(16), 16, 16)
+    assert repeating.probability(Kind(15)) == Trust().probability(Kind(15))
+    assert repeating.best_length(16, Kind(15), 1, cost) > Trust().best_length(16, Kind(15), 1, cost)
 
 
-def watch(trust: Trust, kind: int, *, right: bool, computed: bool = False) -> None:
+def watch(trust: Trust, kind: Kind, *, right: bool, computed: bool = False) -> None:
     """Let the text go on behind a guess of one token."""
     trust.watch([1, 2], Draft([3], kind))
     if computed:
@@ -330,20 +347,20 @@ def watch(trust: Trust, kind: int, *, right: bool, computed: bool = False) -> No
 def test_a_guess_that_was_not_computed_is_held_against_the_text() -> None:
     trust = Trust()
     for _ in range(10):
-        watch(trust, 4, right=True)
-        watch(trust, 8, right=False)
-    assert trust.probability(4) > Trust().probability(4)
-    assert trust.probability(8) < 0.5
+        watch(trust, COPY[4], right=True)
+        watch(trust, COPY[8], right=False)
+    assert trust.probability(COPY[4]) > Trust().probability(COPY[4])
+    assert trust.probability(COPY[8]) < 0.5
 
 
 def test_a_guess_that_was_computed_is_not_counted_twice() -> None:
     trust = Trust()
-    watch(trust, 16, right=False, computed=True)
-    assert trust.probability(16) == Trust().probability(16)
+    watch(trust, COPY[16], right=False, computed=True)
+    assert trust.probability(COPY[16]) == Trust().probability(COPY[16])
 
 
 def test_many_answers_at_once_leave_little_to_gain_on_a_cpu() -> None:
-    lengths = [Trust().best_length(16, 16, at_once, costs(CPU)) for at_once in (1, 8, 16)]
+    lengths = [Trust().best_length(16, COPY[16], at_once, costs(CPU)) for at_once in (1, 8, 16)]
     assert lengths[0] > 2 * lengths[1] > lengths[2] == 0
 
 
@@ -356,12 +373,12 @@ def test_what_guessing_takes_counts() -> None:
 
 
 def test_nothing_is_drafted_while_costs_are_unknown() -> None:
-    assert Trust().best_length(16, 16, 1, StepCost()) == 0
+    assert Trust().best_length(16, COPY[16], 1, StepCost()) == 0
 
 
 def test_each_kind_of_guess_has_its_own_record() -> None:
     trust = Trust()
     for _ in range(20):
-        trust.record(2, 3, 0)
-    assert trust.probability(2) < 0.2
-    assert trust.probability(16) == Trust().probability(16)
+        trust.record(COPY[2], 3, 0)
+    assert trust.probability(COPY[2]) < 0.2
+    assert trust.probability(COPY[16]) == Trust().probability(COPY[16])
