@@ -145,6 +145,15 @@ class TaskNotFound(GallamaError):
     code = "task_not_found"
 
 
+class InstanceNotFound(GallamaError):
+    """No instance has this number or port."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "instance_not_found"
+    hint = "GET /list_models tells them."
+
+
 class ModelNotFound(GallamaError):
     """No model of this name can be asked."""
 

@@ -18,6 +18,7 @@ from gallama.errors import AuthenticationFailed, ErrorReport, GallamaError, Host
 _READING = ("GET", "HEAD")
 _PAGES = ("/", "/status")
 """What a browser shows, which can send a key only as the password of HTTP Basic."""
+_ABOUT_ALL_MODELS = (*_PAGES, "/metrics")
 _BASIC_CHALLENGE = 'Basic realm="gallama", charset="UTF-8"'
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -39,6 +40,8 @@ class KeyCheck:
             caller = ANYBODY if self._keys.is_empty or is_health(scope) else self._authenticate(scope)
             if is_management(scope["path"]) and not self._keys.may_manage(caller):
                 raise NotAllowed("This key may ask models, but not manage them: that takes an admin key.")
+            if scope["path"] in _ABOUT_ALL_MODELS and caller.models is not None:
+                raise NotAllowed("This key is for certain models, and this tells of all.")
         except GallamaError as error:
             await _refuse(scope, receive, send, error.report())
             return

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gallama.api.keys import caller_of
 from gallama.pool.pool import WorkerPool
 from gallama.pool.views import ServedModel
 
@@ -25,7 +26,8 @@ async def tell_readiness(request: Request) -> Response:
     """200 when every model that is loaded at the start can answer, else 503."""
     pool: WorkerPool = request.app.state.pool
     is_ready = all("ready" in model.states for model in pool.loads_at_start)
-    models = {model.name: _to_readiness(model) for model in pool.models}
+    caller = caller_of(request)
+    models = {model.name: _to_readiness(model) for model in pool.models if caller.may_ask(model)}
     status = "ready" if is_ready else "not_ready"
     return JSONResponse({"status": status, "models": models}, 200 if is_ready else 503)
 

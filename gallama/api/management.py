@@ -27,7 +27,14 @@ from gallama.catalog.embedded import installed_embedded
 from gallama.catalog.memory_need import estimate_memory
 from gallama.config import ModelSpec, ServerConfig
 from gallama.config.problems import explain_unknown_key
-from gallama.errors import InvalidConfig, InvalidRequest, ModelNotFound, NotAllowed, NotSupported
+from gallama.errors import (
+    InstanceNotFound,
+    InvalidConfig,
+    InvalidRequest,
+    ModelNotFound,
+    NotAllowed,
+    NotSupported,
+)
 from gallama.pool.pool import WorkerPool
 from gallama.pool.views import LoadingModel, LoadTask, ServedInstance, ServedModel, Unloaded
 from gallama.wire import WorkerStatus
@@ -109,9 +116,7 @@ async def stop_instance(request: Request) -> dict[str, Any]:
     instances = [instance for model in pool.models for instance in model.instances]
     number = next((instance.number for instance in instances if instance.port == body.port), None)
     if number is None:
-        raise ModelNotFound(
-            f"No instance has the port {body.port}; /list_models tells the ports.", param="port"
-        )
+        raise InstanceNotFound(f"No instance has the port {body.port}.", param="port")
     return {"removed": [_to_removed(await pool.remove_instance(number))]}
 
 
@@ -198,7 +203,8 @@ def _resolve_all(
 ) -> list[ResolvedModel]:
     """
     Raises:
-        InvalidRequest, ModelNotFound: a spec is wrong, or there is no such model.
+        InstanceNotFound,
+    InvalidRequest, ModelNotFound: a spec is wrong, or there is no such model.
     """
     models = []
     for place, values in specs:

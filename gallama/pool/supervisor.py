@@ -122,7 +122,8 @@ class CrashCounter:
             raise CrashLoop(
                 f"The worker of {model_name} came to an end {self._short_runs} times within"
                 f" {time.monotonic() - self._first_at:.0f} s; the last time it {how}. It is not started again"
-                f" for {self.PAUSE_SECONDS:g} s."
+                f" for {self.PAUSE_SECONDS:g} s.",
+                retry_after_seconds=self.PAUSE_SECONDS,
             )
 
 
@@ -396,7 +397,9 @@ class Supervisor:
     async def _next_check(self) -> None:
         interval = min(self._limits.probe_interval_seconds, self._limits.hang_seconds)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._suspected.wait(), interval)
+            # Before Python 3.12 `asyncio.wait_for` loses a cancellation that comes with what it waits for.
+            async with asyncio.timeout(interval):
+                await self._suspected.wait()
             # Most often it has died, and its exit is noticed in a moment.
             await asyncio.sleep(_EXIT_NOTICE_SECONDS)
         self._suspected.clear()

@@ -134,6 +134,13 @@ class TestAdmins:
             assert await status(client, "/list_models", USER) == 403
             assert await status(client, "/list_models", OTHER) != 403
 
+    async def test_a_key_for_certain_models_sees_nothing_that_tells_of_all(self, tmp_path: Path) -> None:
+        path = keys_file(tmp_path, f"- {{name: a, key: {USER}, models: [m]}}\n- {{name: b, key: {OTHER}}}\n")
+        async with client_of(keys_file=path) as client:
+            for page in ("/", "/status", "/metrics"):
+                assert await status(client, page, USER) == 403
+                assert await status(client, page, OTHER) == 200
+
     async def test_a_key_in_both_settings_is_an_admins(self) -> None:
         async with client_of(api_keys=[USER], admin_keys=[USER]) as client:
             assert await status(client, "/list_models", USER) != 403

@@ -348,7 +348,7 @@ class TestUnloading:
         assert content_of(ask(gateway, "twin", "one is left")) == "one is left"
         assert refusal(post(gateway, "/stop_model_by_port", {"port": second["port"]}))[:2] == (
             404,
-            "model_not_found",
+            "instance_not_found",
         )
 
 
