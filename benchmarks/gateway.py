@@ -35,6 +35,7 @@ from typing import Any
 from gallama.catalog import resolve_model
 from gallama.config import ServerConfig
 from gallama.conversation import AnswerText, ChatRequest, Message
+from gallama.engines import ignore_progress
 from gallama.pool.launchers.local import LocalLauncher
 from gallama.wire import Ready, stream_chat
 
@@ -185,7 +186,7 @@ async def measure_first_token(gateway: Gateway) -> dict[str, float]:
     worker = await LocalLauncher().launch(resolve_model(MODELS["instant"], ServerConfig()))
     http, wire = [], []
     try:
-        ready = await worker.ready()
+        ready = await worker.ready(ignore_progress)
         async with connected(gateway) as client:
             for _ in range(FIRST_TOKENS):
                 http.append(await over_http(client))

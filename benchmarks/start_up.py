@@ -24,6 +24,7 @@ from typing import Any
 from gallama.catalog import ResolvedModel, resolve_model
 from gallama.config import ServerConfig
 from gallama.conversation import AnswerText, ChatRequest, Constraint, Message
+from gallama.engines import ignore_progress
 from gallama.pool.launchers import RunningWorker
 from gallama.pool.launchers.local import LocalLauncher
 from gallama.wire import Ready, stream_chat
@@ -46,7 +47,7 @@ async def start(model: ResolvedModel, home: Path) -> Times:
     began = time.perf_counter()
     worker = await LocalLauncher().launch(model)
     try:
-        ready = await worker.ready()
+        ready = await worker.ready(ignore_progress)
         ready_seconds = time.perf_counter() - began
         await first_text(worker, ready, "free text")
         text_seconds = time.perf_counter() - began

@@ -23,6 +23,7 @@ from typing import Any
 from gallama.catalog import resolve_model
 from gallama.config import ServerConfig
 from gallama.conversation import ChatRequest, Completed, Message
+from gallama.engines import ignore_progress
 from gallama.engines.llama_cpp.processor_cores import usable_cores
 from gallama.generation import SamplingSettings
 from gallama.pool.launchers.local import LocalLauncher, LocalWorker
@@ -41,7 +42,7 @@ async def start(stack: AsyncExitStack, arguments: dict[str, Any]) -> Running:
     values = {"model_id": "smollm2-135m", "max_seq_len": 1024, "backend_extra_args": arguments}
     worker = await LocalLauncher().launch(resolve_model(values, ServerConfig()))
     stack.push_async_callback(worker.stop)
-    return worker, await worker.ready()
+    return worker, await worker.ready(ignore_progress)
 
 
 async def write(running: Running, tokens: int) -> int:

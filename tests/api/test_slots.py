@@ -46,7 +46,6 @@ def test_the_slot_of_a_client_that_left_is_the_next_ones(start_gateway: Any) -> 
             await _until_waiting(client, 1)
             left = time.monotonic()
             await first.__aexit__(None, None, None)
-            await lines.aclose()
             return await waiting - left
 
     seconds = [asyncio.run(hand_over()) for _ in range(5)]

@@ -10,7 +10,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +120,7 @@ class Client:
         return "defect"
 
 
-async def _chunks(response: httpx.Response) -> AsyncIterator[Any]:
+async def _chunks(response: httpx.Response) -> AsyncGenerator[Any, None]:
     async for line in response.aiter_lines():
         if line.startswith("data: "):
             text = line.removeprefix("data: ")
