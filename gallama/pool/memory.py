@@ -10,7 +10,7 @@ import psutil
 
 from gallama.catalog import ResolvedModel
 from gallama.catalog.memory_need import MemoryNeed, estimate_memory
-from gallama.errors import GallamaError, NotEnoughMemory
+from gallama.errors import NotEnoughMemory
 from gallama.pool.gpus import Gpu, GpuInventory, Placement, place, without_promised
 
 _KEPT_NEEDS = 100
@@ -49,8 +49,8 @@ class Memory:
             return not placement.gpus and self._need(model).host_bytes > psutil.virtual_memory().available
         except NotEnoughMemory:
             return True
-        except GallamaError:
-            return False  # what is wrong with it, its loading tells
+        except Exception:
+            return False  # what is wrong with it, or with asking, its loading tells
 
     def _seen_lately(self) -> Sequence[Gpu]:
         """The GPUs; asking their driver takes too long to do it for each request that comes or goes."""

@@ -167,6 +167,7 @@ class ModelQueue:
         """Load what is not loaded, as far as failed starts allow it now."""
         for instance in self.instances:
             instance.wake()
+        self.changed()  # where none may start now, those who wait hear why
 
     def stay(self) -> None:
         """Nobody waits for its place any more."""

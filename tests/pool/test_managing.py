@@ -206,6 +206,92 @@ class TestRemoving:
             events = await asking
             assert events[1:] == [AnswerText(0, "a: slow before"), DONE]
 
+    async def test_what_is_added_meanwhile_stays(self) -> None:
+        async with running(model("a")) as pool:
+            busy = asyncio.create_task(answer(pool, "hang", name="a"))
+            await until(lambda: pool.find("a").busy == 1)
+            removing = asyncio.create_task(pool.remove("a"))
+            await until(lambda: pool.find("a").states == ("draining",))
+            task = await over(pool, pool.add([model("a")]))
+            assert task.status == "completed"
+            await end(busy)
+            assert len(await removing) == 1
+            assert pool.find("a").states == ("ready",)
+            assert await text_of(pool, name="a") == "a: hi"
+
+    async def test_it_goes_on_when_nobody_waits_for_it(self) -> None:
+        launcher = FakeLauncher()
+        async with running(model("a"), model("b", replicas=2), launcher=launcher) as pool:
+            await pool.settled()
+            launcher.may_stop.clear()
+            first, second = pool.find("b").instances
+            removing = [
+                asyncio.create_task(pool.remove("a")),
+                asyncio.create_task(pool.remove_instance(first.number)),
+            ]
+            await until(lambda: "stopping" in pool.find("a").states + pool.find("b").states)
+            await end(*removing)
+            launcher.may_stop.set()
+            await until(lambda: len(pool.models) == 1 and len(pool.find("b").instances) == 1)
+            assert pool.find("b").instances[0].number == second.number
+
+    async def test_who_waits_for_an_instance_that_never_had_room_hears_of_it(self) -> None:
+        async with running(model("a"), max_loaded_models=1) as pool:
+            busy = asyncio.create_task(answer(pool, "hang", name="a"))
+            await until(lambda: pool.find("a").busy == 1)
+            pool.add([model("b")])
+            asking = asyncio.create_task(answer(pool, name="b"))
+            await until(lambda: pool.find("b").waiting == 1)
+            await pool.remove_instance(pool.find("b").instances[0].number)
+            with pytest.raises(ModelUnloaded):
+                await asyncio.wait_for(asking, 5)
+            await end(busy)
+
+    async def test_who_waits_for_a_model_to_come_back_hears_that_it_does_not(self) -> None:
+        launcher = FakeLauncher()
+        async with running(
+            model("a"), on_demand=(model("b"),), launcher=launcher, max_loaded_models=1
+        ) as pool:
+            await pool.settled()
+            launcher.may_stop.clear()
+            for_b = asyncio.create_task(text_of(pool, name="b"))
+            await until(lambda: pool.find("a").states == ("stopping",))
+            for_a = asyncio.create_task(text_of(pool, name="a"))
+            await until(lambda: pool.find("a").waiting == 1)
+            removing = asyncio.create_task(pool.remove_instance(pool.find("a").instances[0].number))
+            await asyncio.sleep(0)
+            launcher.may_stop.set()
+            with pytest.raises(ModelUnloaded):
+                await asyncio.wait_for(for_a, 5)
+            await removing
+            assert await for_b == "b: hi"
+
+    async def test_it_leaves_no_task_even_if_the_pool_closes_at_once(self) -> None:
+        async with running(model("a", replicas=2)) as pool:
+            await pool.settled()
+            await pool.remove_instance(pool.find("a").instances[0].number)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    async def test_a_failed_load_is_counted_once_whatever_becomes_of_it(self) -> None:
+        launcher = FakeLauncher()
+        launcher.load_errors = [ModelLoadFailed("Not enough memory.")]
+        async with running(model("a"), on_demand=(model("a"),), launcher=launcher) as pool:
+            await pool.settled()
+            await pool.remove_instance(pool.find("a").instances[0].number)
+            assert (pool.find("a").load_failures, len(pool.recent_problems)) == (1, 1)
+
+    async def test_what_is_being_unloaded_is_not_told_to_be_loaded(self) -> None:
+        async with running(model("a")) as pool:
+            busy = asyncio.create_task(answer(pool, "hang", name="a"))
+            await until(lambda: pool.find("a").busy == 1)
+            removing = asyncio.create_task(pool.remove("a"))
+            await until(lambda: pool.find("a").states == ("draining",))
+            task = pool.load("a")
+            assert task.status != "completed"
+            await end(busy)
+            await removing
+            assert pool.task(task.id).status == "failed"
+
     async def test_numbers_are_never_given_twice(self) -> None:
         async with running(model("a")) as pool:
             seen = {pool.find("a").instances[0].number}

@@ -6,13 +6,16 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 
 from gallama.errors import InvalidConfig, ModelLoadFailed, ReportedError, WorkerUnavailable
 from gallama.pool import residency
+from gallama.pool.gpus import Gpu
 from gallama.pool.pool import WorkerPool
+from gallama.pool.supervisor import Backoff
 from tests.pool.fake_workers import FakeLauncher, answer, end, model, running, text_of, until
 
 
@@ -150,6 +153,79 @@ class TestRoomForOne:
             with pytest.raises(ReportedError, match="Not enough memory"):
                 await answer(pool, name="b")
             assert await text_of(pool, name="a") == "a: hi"
+
+
+async def test_a_request_for_a_model_that_leaves_loads_nothing_of_it_early() -> None:
+    launcher = FakeLauncher()
+    launcher.load_errors = [ModelLoadFailed("Not enough memory.")]
+    async with running(
+        model("a", replicas=2), on_demand=(model("b"),), launcher=launcher, max_loaded_models=1
+    ) as pool:
+        assert sorted(await pool.settled()) == ["failed", "ready"]
+        launcher.may_stop.clear()
+        for_b = asyncio.create_task(text_of(pool, name="b"))
+        await until(lambda: "stopping" in pool.find("a").states)
+        await asyncio.sleep(Backoff.FIRST_SECONDS)
+        for_a = asyncio.create_task(text_of(pool, name="a"))
+        await until(lambda: pool.find("a").waiting == 1)
+        assert sorted(pool.find("a").states) == ["failed", "stopping"]
+        launcher.may_stop.set()
+        assert (await for_a, await for_b) == ("a: hi", "b: hi")
+
+
+async def test_a_model_that_was_to_yield_and_failed_begins_anew() -> None:
+    launcher = FakeLauncher()
+    async with running(
+        on_demand=(model("a"), model("b", max_concurrent_requests=1)), launcher=launcher, max_loaded_models=1
+    ) as pool:
+        busy = asyncio.create_task(answer(pool, "hang", name="a"))
+        await until(lambda: pool.find("a").busy == 1)
+        for_b = asyncio.create_task(answer(pool, "hang", name="b"))
+        await until(lambda: pool.find("b").waiting == 1)
+        assert pool._queues["a"].is_yielding
+        launcher.load_errors = [ModelLoadFailed("Not enough memory.")]
+        launcher.workers[0].die()
+        await until(lambda: pool.find("a").states == ("failed",) and pool.find("b").busy == 1)
+        assert not pool._queues["a"].is_yielding
+        await end(busy, for_b)
+
+
+async def test_who_waits_for_room_hears_when_the_model_may_not_start_yet() -> None:
+    launcher = FakeLauncher()
+    async with running(on_demand=(model("a"), model("b")), launcher=launcher, max_loaded_models=1) as pool:
+        launcher.load_errors = [ModelLoadFailed("Not enough memory.")]
+        with pytest.raises(ReportedError):
+            await answer(pool, name="b")
+        busy = asyncio.create_task(answer(pool, "hang", name="a"))
+        await until(lambda: pool.find("a").busy == 1)
+        pool.load("b")
+        asking = asyncio.create_task(answer(pool, name="b"))
+        await until(lambda: pool.find("b").waiting == 1)
+        await end(busy)
+        with pytest.raises(ReportedError, match="Not enough memory"):
+            await asyncio.wait_for(asking, 5)
+
+
+async def test_what_goes_wrong_with_asking_for_memory_is_no_matter_of_other_models() -> None:
+    is_broken = False
+
+    def inventory() -> Sequence[Gpu]:
+        if is_broken:
+            raise RuntimeError("the driver is gone")
+        return ()
+
+    pool = WorkerPool([model("a")], [model("b")], launcher=FakeLauncher(), inventory=inventory)
+    pool.start()
+    try:
+        await pool.settled()
+        is_broken = True
+        await asyncio.sleep(0.6)  # what was seen is out of date
+        with pytest.raises(ReportedError, match="cannot be started"):
+            await answer(pool, name="b")
+        assert pool.find("b").waiting == 0
+        assert await text_of(pool, name="a") == "a: hi"
+    finally:
+        await pool.close()
 
 
 async def test_of_several_idle_ones_the_one_leaves_that_was_used_the_longest_time_ago() -> None:

@@ -358,6 +358,49 @@ class TestUnloading:
         await asyncio.gather(supervisor.unload(), supervisor.unload())
         assert states == ["starting", "ready", "stopping", "unloaded"]
 
+    @pytest.mark.parametrize("turns", range(8))
+    async def test_it_ends_whenever_it_comes_after_a_restart(self, supervise: Supervise, turns: int) -> None:
+        unloads: list[asyncio.Task[int]] = []
+
+        async def unload_later() -> int:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return await supervisor.unload()
+
+        def on_change() -> None:
+            if supervisor.state == "ready" and supervisor.starts == 2 and not unloads:
+                unloads.append(asyncio.create_task(unload_later()))
+
+        launcher = FakeLauncher()
+        supervisor = supervise(scripted(), launcher, on_change=on_change)
+        supervisor.wake()
+        await until(lambda: supervisor.endpoint is not None)
+        assert supervisor.endpoint is not None
+        supervisor.suspect(supervisor.endpoint)
+        launcher.workers[0].die()
+        await until(lambda: bool(unloads))
+        async with asyncio.timeout(5):
+            await unloads[0]
+        assert supervisor.state == "unloaded"
+
+    async def test_a_sign_of_life_that_comes_too_late_does_not_stop_it(
+        self, supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        unloads: list[asyncio.Task[int]] = []
+
+        async def unload_meanwhile(work: Callable[[], int]) -> int:
+            unloads.append(asyncio.create_task(supervisor.unload()))
+            await asyncio.sleep(0)
+            return work()
+
+        monkeypatch.setattr(asyncio, "to_thread", unload_meanwhile)
+        supervisor = supervise(scripted(), FakeLauncher(), limits=OFTEN)
+        supervisor.wake()
+        await until(lambda: bool(unloads))
+        async with asyncio.timeout(5):
+            await unloads[0]
+        assert supervisor.state == "unloaded"
+
     async def test_it_goes_on_when_nobody_waits_for_it(self, supervise: Supervise) -> None:
         supervisor = supervise(scripted())
         process_id = await ready_process(supervisor)
