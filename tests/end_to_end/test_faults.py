@@ -99,8 +99,9 @@ def test_a_client_that_leaves_stops_the_processor(gateway: Any, client: OpenAI, 
     assert processor_seconds(worker) - before < 0.2
 
 
-def test_two_streams_at_once_run_at_clearly_more_than_half_the_speed_of_one(client: OpenAI) -> None:
-    """As a ratio in one run, best of three: other processes may disturb one, but do not make it faster."""
+def test_two_streams_at_once_run_at_more_than_half_the_speed_of_one(client: OpenAI) -> None:
+    """As a ratio in one run, best of five: other processes may disturb one, but do not make it faster.
+    Two in turns would take twice as long as one, two in a batch take 1.7 times as long on two cores."""
 
     def seconds_for(streams: int) -> float:
         threads = [threading.Thread(target=lambda: list(stream(client, 60))) for _ in range(streams)]
@@ -112,7 +113,8 @@ def test_two_streams_at_once_run_at_clearly_more_than_half_the_speed_of_one(clie
         return time.perf_counter() - start
 
     seconds_for(1)
-    assert min(seconds_for(2) for _ in range(3)) < 0.9 * 2 * min(seconds_for(1) for _ in range(3))
+    rounds = [(seconds_for(1), seconds_for(2)) for _ in range(5)]
+    assert min(both for _, both in rounds) < 1.9 * min(one for one, _ in rounds)
 
 
 def test_a_hostile_request_leaves_no_trace_in_the_next(gateway: Any, client: OpenAI) -> None:
