@@ -141,7 +141,8 @@ class Residency:
                 self.forget(queue)
         if not self._wishes:
             for queue in self._loaded():
-                queue.stay()
+                if queue.is_yielding:
+                    queue.stay()
 
     def _grant_wishes(self) -> None:
         leaving = sum(queue.is_leaving for queue in self._queues())
@@ -218,7 +219,6 @@ class Residency:
         times = [self._unused_at(queue) for queue in self._loaded()]
         if self._wishes:
             times += [queue.ready_since + self._minimum_stay_seconds for queue in self._loaded()]
-        if self._wishes:
             times.append(self._now + _LOOK_SECONDS)  # memory may be given back by others than us
         coming = [at for at in times if self._now < at < float("inf")]
         if coming:
