@@ -34,6 +34,7 @@ from gallama.worker.serve import serving
 SELDOM = SupervisionLimits(probe_interval_seconds=60, hang_seconds=60)
 OFTEN = SupervisionLimits(probe_interval_seconds=0.1, hang_seconds=1.0)
 Supervise = Callable[..., Supervisor]
+_TURNS_TO_TAKE_UP_A_CONNECTION = 3
 
 
 def scripted(values: dict[str, Any] | None = None, **script: Any) -> ResolvedModel:
@@ -142,6 +143,9 @@ class FakeWorker:
         return await asyncio.shield(self._died)
 
     async def stop(self) -> None:
+        # A server that is closed while it takes a connection up leaves that one's socket open.
+        for _ in range(_TURNS_TO_TAKE_UP_A_CONNECTION):
+            await asyncio.sleep(0)
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
 
