@@ -81,10 +81,25 @@ class Constraint(Struct, frozen=True, kw_only=True):
     """The request's field that asked for it, for error messages."""
 
 
+class RawPrompt(Struct, frozen=True, kw_only=True):
+    """A text that the model goes on with as it stands, with no template around it."""
+
+    text: str = ""
+    """Control tokens that are written in it are recognised."""
+    token_ids: tuple[int, ...] = ()
+    """Instead of a text: all of the prompt."""
+    suffix: str | None = None
+    """What follows the answer, for models that fill in."""
+    echo: bool = False
+    """Whether the answer begins with the prompt."""
+
+
 class ChatRequest(Struct, frozen=True, kw_only=True):
     request_id: str
     model: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    prompt: RawPrompt | None = None
+    """Instead of messages; then there are no tools and no thinking either."""
     tools: tuple[ToolSpec, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True

@@ -3,7 +3,8 @@
 One connection per request:
 
     gateway -> worker    Hello, then one Call
-    worker -> gateway    ChatEvents up to Completed or Failure; or one WorkerStatus, or a Failure in its place
+    worker -> gateway    ChatEvents up to Completed or Failure; or one WorkerStatus or UnaryReply,
+                         or a Failure in its place
 
     frame := length (4 bytes, big end first), one struct as msgpack
 
@@ -27,7 +28,9 @@ import msgspec
 from msgspec import Struct
 
 from gallama.conversation import ChatEvent, ChatRequest, Completed, Failure
+from gallama.embedding import Embeddings, EmbedRequest, Relevances, RerankRequest
 from gallama.errors import ErrorReport, ReportedError, RequestTooLarge
+from gallama.tokenization import DetokenizedText, DetokenizeRequest, TokenizedText, TokenizeRequest
 
 MAX_FRAME_BYTES = 256 * 2**20
 _MAX_HELLO_BYTES = 4096
@@ -36,6 +39,10 @@ _READ_BYTES = 2**16
 _LENGTH = struct.Struct(">I")
 
 T = TypeVar("T")
+
+UnaryRequest = EmbedRequest | RerankRequest | TokenizeRequest | DetokenizeRequest
+"""What is answered all at once."""
+UnaryReply = Embeddings | Relevances | TokenizedText | DetokenizedText
 
 
 class Hello(Struct, frozen=True, tag=True):
@@ -46,6 +53,10 @@ class ChatCall(Struct, frozen=True, tag=True):
     request: ChatRequest
 
 
+class UnaryCall(Struct, frozen=True, tag=True):
+    request: UnaryRequest
+
+
 class StatusCall(Struct, frozen=True, tag=True):
     """Asks for a WorkerStatus; a worker that answers is alive, though its engine may not be."""
 
@@ -54,7 +65,7 @@ class TokenCall(Struct, frozen=True, tag=True):
     """Asks for a WorkerStatus once the engine has computed a token, which nobody gets."""
 
 
-Call = ChatCall | StatusCall | TokenCall
+Call = ChatCall | UnaryCall | StatusCall | TokenCall
 
 
 class WorkerStatus(Struct, frozen=True, tag=True, kw_only=True):
@@ -114,6 +125,7 @@ CALLS: msgspec.msgpack.Decoder[Call] = msgspec.msgpack.Decoder(Call)
 _HELLOS = msgspec.msgpack.Decoder(Hello)
 _EVENTS: msgspec.msgpack.Decoder[ChatEvent] = msgspec.msgpack.Decoder(ChatEvent)
 _STATUSES: msgspec.msgpack.Decoder[WorkerStatus | Failure] = msgspec.msgpack.Decoder(WorkerStatus | Failure)
+_REPLIES: msgspec.msgpack.Decoder[UnaryReply | Failure] = msgspec.msgpack.Decoder(UnaryReply | Failure)
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -247,13 +259,23 @@ async def stream_chat(address: str, secret: str, request: ChatRequest) -> AsyncG
         link.close()
 
 
+async def ask(address: str, secret: str, request: UnaryRequest) -> UnaryReply:
+    """Ask a worker what is answered all at once. Cancelling cancels the request.
+
+    Raises:
+        ReportedError: the request was refused, or failed.
+        OSError: the worker cannot be reached, or hung up.
+    """
+    return await _call(address, secret, UnaryCall(request), _REPLIES, MAX_FRAME_BYTES)
+
+
 async def ask_status(address: str, secret: str) -> WorkerStatus:
     """Ask a worker what it is doing.
 
     Raises:
         OSError: the worker cannot be reached, or hung up.
     """
-    return await _ask_how_it_is(address, secret, StatusCall())
+    return await _call(address, secret, StatusCall(), _STATUSES, _MAX_STATUS_BYTES)
 
 
 async def ask_for_token(address: str, secret: str) -> WorkerStatus:
@@ -263,15 +285,17 @@ async def ask_for_token(address: str, secret: str) -> WorkerStatus:
         ReportedError: the engine failed.
         OSError: the worker cannot be reached, or hung up.
     """
-    return await _ask_how_it_is(address, secret, TokenCall())
+    return await _call(address, secret, TokenCall(), _STATUSES, _MAX_STATUS_BYTES)
 
 
-async def _ask_how_it_is(address: str, secret: str, call: StatusCall | TokenCall) -> WorkerStatus:
+async def _call(
+    address: str, secret: str, call: Call, answers: msgspec.msgpack.Decoder[T | Failure], max_bytes: int
+) -> T:
     link = await connect(address)
     try:
         await link.send(Hello(secret))
         await link.send(call)
-        answer = await link.receive(_STATUSES, max_bytes=_MAX_STATUS_BYTES)
+        answer = await link.receive(answers, max_bytes=max_bytes)
     finally:
         link.close()
     if isinstance(answer, Failure):
