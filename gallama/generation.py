@@ -116,13 +116,16 @@ class GenerationRequest:
     """The grammar the answer must follow, at its start; the engine owns it from here on."""
     logprobs: int | None = None
     """How many alternatives to report for each token; None: no log probabilities at all."""
+    prompt_logprobs: bool = False
+    """With `logprobs`: report as much of the prompt's tokens. Then all of the prompt is computed, whatever is
+    cached, and `max_tokens` may be 0."""
     visible_control_tokens: frozenset[int] = frozenset()
     """Control tokens that the caller wants to see as chunks of their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A generated token, with natural logarithms of probabilities before temperature and grammar."""
+    """A token, with natural logarithms of probabilities before temperature and grammar."""
 
     token_id: int
     logprob: float
@@ -147,6 +150,9 @@ class GeneratedChunk:
     """How many of them were right."""
     cached_prompt_tokens: int = 0
     """On the first chunk: prompt tokens that were not computed again."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    """On the first chunk, where they were asked for: one for each token of the prompt; None for the first,
+    which nothing predicts."""
     end: EndReason | None = None
     """Set on the last chunk, and only there."""
 

@@ -32,6 +32,7 @@ _CACHE_BYTES_OF_32: Mapping[str, int] = {"FP16": 64, "Q8": 34, "Q4": 18}
 _CELLS_STEP = 256
 _IDLE_SEQUENCES = 16
 _MOST_DRAFTED_TOKENS = 64
+_MOST_SCORED_TOKENS = 32
 _MICRO_BATCH_TOKENS = 512
 
 
@@ -159,7 +160,7 @@ def _plan_context(spec: ModelSpec, settings: _Settings, metadata: GgufMetadata) 
         cells=cells,
         cells_of_one=cells if shares_cells else length,
         sequences=sequences,
-        outputs=sequences + (_MOST_DRAFTED_TOKENS if spec.speculation != "off" else 0),
+        outputs=sequences + _MOST_SCORED_TOKENS + (_MOST_DRAFTED_TOKENS if spec.speculation != "off" else 0),
         shelf_tokens=shelf_tokens if settings.shelf_tokens < 0 else settings.shelf_tokens,
     )
 

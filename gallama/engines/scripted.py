@@ -166,6 +166,8 @@ class ScriptedEngine:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         reason: EndReason = "length"
         count = 0
+        if request.prompt_logprobs:
+            yield GeneratedChunk(prompt_logprobs=_prompt_logprobs(request))
         for token_id in self._choose_tokens(request):
             if token_id in self.vocabulary.end_token_ids:
                 reason = "stop"
@@ -209,16 +211,23 @@ class ScriptedEngine:
     def _to_chunk(
         self, token_id: int, decoder: codecs.IncrementalDecoder, request: GenerationRequest
     ) -> GeneratedChunk:
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if request.logprobs is not None:
-            alternatives = tuple((token_id + shift) % 256 for shift in range(request.logprobs))
-            top = tuple((other, -float(rank)) for rank, other in enumerate(alternatives))
-            logprobs = (TokenLogprob(token_id, 0.0, top),)
+        logprobs = () if request.logprobs is None else (_logprob(token_id, request.logprobs),)
         if token_id in request.visible_control_tokens:
             name = next(name for name, id_ in _CONTROL_TOKENS.items() if id_ == token_id)
             return GeneratedChunk(control_token=name, logprobs=logprobs, sampled_tokens=1)
         text = decoder.decode(self.vocabulary.tokens[token_id])
         return GeneratedChunk(text=text, logprobs=logprobs, sampled_tokens=1)
+
+
+def _prompt_logprobs(request: GenerationRequest) -> tuple[TokenLogprob | None, ...]:
+    assert request.logprobs is not None, "prompt_logprobs goes with logprobs"
+    return None, *(_logprob(token_id, request.logprobs) for token_id in request.prompt_token_ids[1:])
+
+
+def _logprob(token_id: int, alternatives: int) -> TokenLogprob:
+    """As if the token were certain."""
+    top = tuple(((token_id + shift) % 256, -float(shift)) for shift in range(alternatives))
+    return TokenLogprob(token_id, 0.0, top)
 
 
 def _choose_allowed(state: State, wanted: int, mask: NDArray[np.int32]) -> int:

@@ -179,3 +179,22 @@ async def test_a_probe_fails_where_each_answer_does() -> None:
     engine = make(raise_after_tokens=0)
     with pytest.raises(RuntimeError):
         await engine.probe()
+
+
+async def test_a_prompt_is_scored_where_that_is_asked_for() -> None:
+    engine = make(reply="ok")
+    request = GenerationRequest(
+        prompt_token_ids=engine.tokenize("abc"),
+        max_tokens=0,
+        sampling=SamplingSettings(),
+        logprobs=2,
+        prompt_logprobs=True,
+    )
+    async with aclosing(engine.generate(request)) as stream:
+        first, *others = [chunk async for chunk in stream]
+    assert [entry and (entry.token_id, len(entry.top)) for entry in first.prompt_logprobs] == [
+        None,
+        (ord("b"), 2),
+        (ord("c"), 2),
+    ]
+    assert [chunk.end for chunk in others] == ["length"]

@@ -147,7 +147,10 @@ class LlamaCppEngine:
                     case GallamaError():
                         raise update
                     case Started():
-                        yield GeneratedChunk(cached_prompt_tokens=update.cached_prompt_tokens)
+                        yield GeneratedChunk(
+                            cached_prompt_tokens=update.cached_prompt_tokens,
+                            prompt_logprobs=update.prompt_logprobs,
+                        )
                     case TokensAdded():
                         for chunk in text.chunks(update):
                             yield chunk

@@ -11,7 +11,7 @@ from gallama.config import ModelSpec
 from gallama.config.config_file import default_config_path
 from gallama.engines.llama_cpp import bindings
 from gallama.engines.llama_cpp.processor_cores import Cores, OwnCores, cores_to_share, usable_cores
-from gallama.engines.llama_cpp.scheduler import MOST_DRAFTED_TOKENS
+from gallama.engines.llama_cpp.scheduler import MOST_DRAFTED_TOKENS, MOST_SCORED_TOKENS
 from gallama.errors import InvalidConfig
 
 # Sequences kept in the cache beside those of the busy slots, where all share its cells.
@@ -123,7 +123,7 @@ def context_options(
         cells=cells if shares_cells else slots * _round_up(context_length),
         sequences=sequences,
         shares_cells=shares_cells,
-        outputs=sequences + (MOST_DRAFTED_TOKENS if spec.speculation != "off" else 0),
+        outputs=sequences + MOST_SCORED_TOKENS + (MOST_DRAFTED_TOKENS if spec.speculation != "off" else 0),
         batch_tokens=options.n_batch,
         micro_batch_tokens=min(options.n_ubatch, options.n_batch),
         threads=threads,

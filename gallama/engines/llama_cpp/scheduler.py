@@ -42,15 +42,19 @@ LEAST_PROMPT_TOKENS = 16
 # Tokens that are guessed in one step, by all slots together: each needs a row of logits.
 MOST_DRAFTED_TOKENS = 64
 
+# Tokens of prompts that are scored in one step, for all slots together: each needs a row of logits.
+MOST_SCORED_TOKENS = 32
+
 # A prompt waits for one that is being read if it can then take over this many tokens more than now.
 WORTH_WAITING_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The job has a slot."""
+    """The job has a slot, and what it wants to know of its prompt is known."""
 
     cached_prompt_tokens: int
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,8 @@ class _Slot:
     draft: Draft = NO_DRAFT
     """What was computed on a guess behind its first `draft_start` tokens, and is being checked."""
     draft_start: int = 0
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    """Of the prompt's first tokens, as far as it was scored, where that is wanted."""
     has_chosen: bool = False
     """Whether a token of its answer was sampled."""
     has_ended: bool = False
@@ -131,6 +137,11 @@ class _Slot:
     def is_reading(self) -> bool:
         """Whether it still reads its prompt, so that nobody waits for its next token yet."""
         return not self.has_chosen or self.pending_count > LONG_RUN_TOKENS
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log probabilities of its prompt are wanted that are not known yet."""
+        return self.job.request.prompt_logprobs and len(self.prompt_logprobs) < self.prompt_length
 
     @property
     def room(self) -> int:
@@ -346,6 +357,8 @@ class Scheduler:
             self._start_job(job)
 
     def _gains_by_waiting(self, job: Job) -> bool:
+        if job.request.prompt_logprobs:
+            return False  # it computes all of its prompt itself
         prompt = list(job.request.prompt_token_ids)
         readers = [slot for slot in self._slots if slot.is_reading]
         if _must_repeat(job.request):
@@ -377,9 +390,10 @@ class Scheduler:
             token_ids=prompt,
             prompt_length=len(prompt),
             trust=Trust(),
+            prompt_logprobs=[None] if request.prompt_logprobs else [],
         )
         self._slots.append(slot)
-        self._tell(job, Started(cached_prompt_tokens=min(len(sequence.token_ids), len(prompt))))
+        self._begin_answer(slot)
         fail = partial(self._finish, slot)
         self._guard(partial(self._append_forced, slot), fail)
         if read_prompt is not None and not slot.has_ended:
@@ -391,16 +405,20 @@ class Scheduler:
     ) -> CachedSequence:
         if read_prompt is not None:
             return self._cache.fork(read_prompt.sequence, len(token_ids))
-        if not _must_repeat(request):
-            return self._cache.acquire(token_ids)
-        if not self._slots:
+        if _must_repeat(request) and not self._slots:
             self._cache.shelve_all()
-        return self._cache.acquire(token_ids, reuse=False)
+        computes_all = _must_repeat(request) or request.prompt_logprobs
+        return self._cache.acquire(token_ids, reuse=not computes_all)
 
     def _prompt_read_before(self, token_ids: list[int], request: GenerationRequest) -> _ReadPrompt | None:
         """The same prompt, if it was read while this job waited, and is still in the cache."""
         found = self._read_prompt
-        if found is None or found.token_ids != token_ids or not _repeats_as(found.request, request):
+        if (
+            found is None
+            or request.prompt_logprobs
+            or found.token_ids != token_ids
+            or not _repeats_as(found.request, request)
+        ):
             return None
         is_there = found.sequence.token_ids[: len(token_ids)] == token_ids
         return found if is_there and found.sequence.least_tokens <= len(token_ids) else None
@@ -424,12 +442,48 @@ class Scheduler:
         self._counts.steps += 1
         whole = [part for part in parts if part.is_last]
         self._masks.compute([part.slot.job.request.state for part in whole])
-        rows = [part_rows for part_rows in self._cache.logits(batch) if part_rows]
-        if rows:  # else a GPU may not have done it yet
+        rows = self._cache.logits(batch)
+        if any(rows):  # else a GPU may not have done it yet
             self._cost.record(sum(len(part.token_ids) for part in batch), time.perf_counter() - start)
-        for index, part in enumerate(whole):
-            fail = partial(self._finish, part.slot)
-            self._guard(partial(self._write, part, rows[index], index), fail)
+        mask_rows = {id(part): index for index, part in enumerate(whole)}
+        for part, part_rows in zip(parts, rows, strict=True):
+            if part_rows:
+                mask_row = mask_rows.get(id(part))
+                action = partial(self._use_logits, part, part_rows, mask_row)
+                self._guard(action, partial(self._finish, part.slot))
+
+    def _use_logits(self, part: _Part, rows: list[NDArray[np.float32]], mask_row: int | None) -> None:
+        """Do what a slot's logits were computed for: score its prompt, then write its answer.
+
+        Args:
+            mask_row: its row in this step's masks; None: it is not so far yet.
+        """
+        if part.slot.is_scoring:
+            self._score_prompt(part, rows)
+            rows = rows[-1:]
+        if mask_row is not None and not part.slot.has_ended:
+            self._write(part, rows, mask_row)
+
+    def _score_prompt(self, part: _Part, rows: list[NDArray[np.float32]]) -> None:
+        """Note the log probabilities of prompt tokens; each is foretold by the logits before it."""
+        slot = part.slot
+        wanted = slot.job.request.logprobs
+        assert wanted is not None, "prompt_logprobs goes with logprobs"
+        first = len(slot.sequence.token_ids) - len(rows) + 1
+        for place, row in enumerate(rows, first):
+            # After the cache was full, it computes again what was scored before.
+            if slot.is_scoring and place == len(slot.prompt_logprobs):
+                slot.prompt_logprobs.append(log_probabilities(row, slot.token_ids[place], wanted))
+        self._begin_answer(slot)
+
+    def _begin_answer(self, slot: _Slot) -> None:
+        """Tell that the slot has started, unless its prompt is to be scored first."""
+        if slot.is_scoring:
+            return
+        cached = 0 if slot.prompt_logprobs else min(len(slot.sequence.token_ids), slot.prompt_length)
+        self._tell(slot.job, Started(cached, tuple(slot.prompt_logprobs)))
+        if slot.room <= 0:
+            self._finish(slot, Ended("length"))
 
     def _answer_probes(self) -> None:
         probes, self._probes = self._probes, []
@@ -493,9 +547,12 @@ class Scheduler:
             budget = min(budget, max(in_time, LEAST_PROMPT_TOKENS))
             if not self._cache.shares_cells:
                 readers = readers[:1]  # pieces of several lengths would be computed one after the other
+        rows = MOST_SCORED_TOKENS
         for slot in readers:
-            parts.append(_next_part(slot, budget))
-            budget -= len(parts[-1].token_ids)
+            parts.append(_next_part(slot, min(budget, rows) if slot.is_scoring else budget))
+            length = len(parts[-1].token_ids)
+            budget -= length
+            rows -= length if slot.is_scoring else 0
         # In this order, sequences with cells of their own are computed together.
         return sorted((part for part in parts if part.token_ids), key=lambda part: part.slot.sequence.id)
 
@@ -673,7 +730,7 @@ class Scheduler:
         self._room_was_freed = False
 
     def _resume(self, slot: _Slot) -> None:
-        slot.sequence = self._cache.acquire(slot.token_ids)
+        slot.sequence = self._cache.acquire(slot.token_ids, reuse=not slot.is_scoring)
         self._slots.append(slot)
 
     def _guard(self, action: Callable[[], None], fail: Callable[[GallamaError], None]) -> None:
@@ -735,9 +792,11 @@ def _must_repeat(request: GenerationRequest) -> bool:
 
 
 def _repeats_as(one: GenerationRequest, other: GenerationRequest) -> bool:
-    """Whether both have the same prompt, and both or neither must repeat."""
-    return _must_repeat(one) == _must_repeat(other) and list(one.prompt_token_ids) == list(
-        other.prompt_token_ids
+    """Whether both have the same prompt, read it in the same pieces, and both or neither must repeat."""
+    return (
+        _must_repeat(one) == _must_repeat(other)
+        and one.prompt_logprobs == other.prompt_logprobs
+        and list(one.prompt_token_ids) == list(other.prompt_token_ids)
     )
 
 
@@ -754,5 +813,7 @@ def _next_part(slot: _Slot, budget: int) -> _Part:
 
 
 def _to_batch_part(part: _Part) -> BatchPart:
+    if part.slot.is_scoring:
+        return BatchPart(part.slot.sequence, part.token_ids, logits=len(part.token_ids))
     rows = 1 + len(part.draft.token_ids) if part.is_last else 0
     return BatchPart(part.slot.sequence, [*part.token_ids, *part.draft.token_ids], logits=rows)
