@@ -11,30 +11,20 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from gallama.api.error_answers import shown
-from gallama.api.request_bodies import StrictBody
-from gallama.conversation import (
-    ChatRequest,
-    Constraint,
-    Message,
-    ToolCall,
-    ToolChoice,
-    ToolSpec,
-    UnsupportedPolicy,
+from gallama.api.openai_generation_body import (
+    FunctionName,
+    GenerationBody,
+    check_stream_options,
+    refuse_unhonoured,
+    to_constraints,
+    to_sampling,
+    to_stop_words,
 )
+from gallama.api.request_bodies import StrictBody
+from gallama.conversation import ChatRequest, Constraint, Message, ToolCall, ToolChoice, ToolSpec
 from gallama.errors import InvalidRequest, UnsupportedValue
-from gallama.generation import SamplingSettings
-
-MAX_CHOICES = 16
-MAX_STOP_WORDS = 16
-MAX_BIASED_TOKENS = 1024
 
 T = TypeVar("T")
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-StopWord = Annotated[str, Field(min_length=1, max_length=1000)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-ConstraintEngine = Literal["auto", "llguidance", "lm-format-enforcer", "outlines"]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
     "audio": (),
@@ -51,11 +41,6 @@ HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 """The fields of which this version does not honour every value, and the values that it does."""
-
-_HINTS = {
-    "functions": "Use `tools`.",
-    "function_call": "Use `tool_choice`.",
-}
 
 
 class ContentPartBody(StrictBody):
@@ -136,58 +121,14 @@ class AllowedToolsChoiceBody(StrictBody):
     tools: list[ToolReferenceBody] | None = None
 
 
-class TextFormatBody(StrictBody):
-    type: Literal["text"]
-
-
-class JsonObjectFormatBody(StrictBody):
-    type: Literal["json_object"]
-
-
-class JsonSchemaBody(StrictBody):
-    name: FunctionName
-    description: str = ""
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool = False
-
-
-class JsonSchemaFormatBody(StrictBody):
-    type: Literal["json_schema"]
-    json_schema: JsonSchemaBody
-
-
-class StreamOptionsBody(StrictBody):
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
-class GrammarBody(StrictBody):
-    syntax: Literal["lark", "gbnf"]
-    definition: str
-
-
-class ChatCompletionBody(StrictBody):
+class ChatCompletionBody(GenerationBody):
     # OpenAI's
     messages: Annotated[list[MessageBody], Field(min_length=1)]
-    model: Annotated[str, Field(min_length=1, max_length=512)]
-    frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASED_TOKENS)] = Field(default={})
     logprobs: bool = False
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     parallel_tool_calls: bool = True
-    presence_penalty: Penalty | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    response_format: (
-        Annotated[TextFormatBody | JsonObjectFormatBody | JsonSchemaFormatBody, Field(discriminator="type")]
-        | None
-    ) = None
-    seed: Seed | None = None
-    stop: StopWord | list[StopWord] = Field(default=[])
-    stream: bool = False
-    stream_options: StreamOptionsBody | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     tool_choice: (
         Literal["none", "auto", "required"]
         | Annotated[ToolReferenceBody | AllowedToolsChoiceBody, Field(discriminator="type")]
@@ -195,7 +136,6 @@ class ChatCompletionBody(StrictBody):
     ) = None
     tools: list[ToolBody] = Field(default=[])
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     # OpenAI's, of which only the usual value is honoured
     audio: Any = None
     function_call: Any = None
@@ -213,25 +153,10 @@ class ChatCompletionBody(StrictBody):
     metadata: dict[str, str] = Field(default={})
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
-    user: str | None = None
     # Ours
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
-    explain: bool = False
-    grammar: GrammarBody | None = None
-    guided_decoding_backend: ConstraintEngine = "auto"
     leading_prompt: str = ""
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    on_unsupported: UnsupportedPolicy | None = None
-    prefix_strings: str | Annotated[list[str], Field(min_length=1)] | None = None
-    regex_pattern: str | None = None
-    regex_prefix_pattern: str | None = None
-    repetition_guard: bool = False
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    return_stop_word: bool = False
     return_thinking: bool | Literal["separate", "fields"] = "separate"
-    stop_words: StopWord | list[StopWord] = Field(default=[])
     thinking_template: Annotated[str, Field(min_length=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
 
 
 def to_chat_request(body: ChatCompletionBody, *, request_id: str, model: str) -> ChatRequest:
@@ -245,8 +170,8 @@ def to_chat_request(body: ChatCompletionBody, *, request_id: str, model: str) ->
         UnsupportedValue: a value is not honoured.
     """
     for name, honoured in HONOURED_VALUES.items():
-        _refuse_unhonoured(name, getattr(body, name), honoured)
-    _check_stream_options(body)
+        refuse_unhonoured(name, getattr(body, name), honoured)
+    check_stream_options(body)
     tools = _to_tools(body.tools)
     tool_choice = _to_tool_choice(body.tool_choice, [tool.name for tool in tools])
     return ChatRequest(
@@ -262,34 +187,14 @@ def to_chat_request(body: ChatCompletionBody, *, request_id: str, model: str) ->
         constraint_engine=body.guided_decoding_backend,
         repetition_guard=body.repetition_guard,
         explain=body.explain,
-        sampling=_to_sampling(body),
+        sampling=to_sampling(body),
         max_tokens=_to_max_tokens(body),
-        stop=_to_stop(body),
+        stop=to_stop_words(body),
         return_stop_word=body.return_stop_word,
         choices=body.n,
         logprobs=_to_logprobs(body),
         leading_prompt=body.leading_prompt,
         reasoning_effort=body.reasoning_effort,
-    )
-
-
-def _refuse_unhonoured(name: str, value: object, honoured: Sequence[object]) -> None:
-    # By type too: 0 is not False.
-    if value is None or any(type(value) is type(each) and value == each for each in honoured):
-        return
-    way_out = f"Use one of: {', '.join(map(str, honoured))}." if honoured else f"Leave `{name}` out."
-    raise UnsupportedValue(
-        f"`{name}` is not supported with this value. {_HINTS.get(name, way_out)}", param=name
-    )
-
-
-def _check_stream_options(body: ChatCompletionBody) -> None:
-    if body.stream_options is None:
-        return
-    if not body.stream:
-        raise InvalidRequest("`stream_options` is only allowed with `stream`: true.", param="stream_options")
-    _refuse_unhonoured(
-        "stream_options.include_obfuscation", body.stream_options.include_obfuscation, (False,)
     )
 
 
@@ -308,9 +213,9 @@ def _to_message(body: MessageBody, path: str) -> Message:
 
 def _check_fields_of_role(body: MessageBody, path: str) -> None:
     for name in ("refusal", "audio", "function_call"):
-        _refuse_unhonoured(f"{path}.{name}", getattr(body, name), ())
+        refuse_unhonoured(f"{path}.{name}", getattr(body, name), ())
     if body.annotations:
-        _refuse_unhonoured(f"{path}.annotations", body.annotations, ([],))
+        refuse_unhonoured(f"{path}.annotations", body.annotations, ([],))
     if body.role == "tool" and not body.tool_call_id:
         raise InvalidRequest("A tool's message must say which call it answers.", param=f"{path}.tool_call_id")
     if body.role != "tool" and body.tool_call_id is not None:
@@ -334,7 +239,7 @@ def _part_text(part: ContentPartBody, path: str) -> str:
             f"Content parts of type {shown(part.type)} are not supported; only text is.", param=f"{path}.type"
         )
     for name in ("image_url", "input_audio", "file", "refusal", "prompt_cache_breakpoint"):
-        _refuse_unhonoured(f"{path}.{name}", getattr(part, name), ())
+        refuse_unhonoured(f"{path}.{name}", getattr(part, name), ())
     if part.text is None:
         raise InvalidRequest("The part has no text.", param=f"{path}.text")
     return part.text
@@ -429,9 +334,9 @@ def _to_constraints(body: ChatCompletionBody, *, demands_call: bool) -> tuple[Co
     With OpenAI a `response_format` beside a demanded call is for the answers in text that come later in the
     conversation: it says nothing about this one, which has none.
     """
-    constraints = _constraints(body)
+    constraints = to_constraints(body)
     if not demands_call:
-        return tuple(constraints)
+        return constraints
     for constraint in constraints:
         if not constraint.param.startswith("response_format"):
             raise InvalidRequest(
@@ -442,67 +347,11 @@ def _to_constraints(body: ChatCompletionBody, *, demands_call: bool) -> tuple[Co
     return ()
 
 
-def _constraints(body: ChatCompletionBody) -> list[Constraint]:
-    prefixes = [body.prefix_strings] if isinstance(body.prefix_strings, str) else body.prefix_strings
-    constraints = []
-    match body.response_format:
-        case JsonObjectFormatBody():
-            constraints.append(Constraint(kind="json_object", param="response_format"))
-        case JsonSchemaFormatBody(json_schema=named):
-            param = "response_format.json_schema.schema"
-            constraints.append(
-                Constraint(kind="json_schema", source=named.schema_, strict=named.strict, param=param)
-            )
-    if body.regex_pattern is not None:
-        constraints.append(Constraint(kind="regex", source=body.regex_pattern, param="regex_pattern"))
-    if body.regex_prefix_pattern is not None:
-        pattern = body.regex_prefix_pattern
-        constraints.append(Constraint(kind="regex_prefix", source=pattern, param="regex_prefix_pattern"))
-    if prefixes is not None:
-        constraints.append(Constraint(kind="prefix", source=prefixes, param="prefix_strings"))
-    if body.choice is not None:
-        constraints.append(Constraint(kind="choice", source=body.choice, param="choice"))
-    if body.grammar is not None:
-        constraints.append(Constraint(kind="grammar", source=body.grammar.model_dump(), param="grammar"))
-    return constraints
-
-
-def _to_sampling(body: ChatCompletionBody) -> SamplingSettings:
-    return SamplingSettings(
-        temperature=body.temperature,
-        top_p=body.top_p,
-        # -1 is how other servers write "all tokens".
-        top_k=0 if body.top_k == -1 else body.top_k,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        frequency_penalty=body.frequency_penalty,
-        presence_penalty=body.presence_penalty,
-        seed=body.seed,
-        logit_bias={_to_token_id(text): bias for text, bias in body.logit_bias.items()},
-    )
-
-
-def _to_token_id(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= 9):
-        raise InvalidRequest(f"{shown(text)} is not a token's number.", param="logit_bias")
-    return int(text)
-
-
 def _to_max_tokens(body: ChatCompletionBody) -> int | None:
     limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise InvalidRequest("`max_tokens` and `max_completion_tokens` differ; send one.", param="max_tokens")
     return next(iter(limits), None)
-
-
-def _to_stop(body: ChatCompletionBody) -> tuple[str, ...]:
-    fields = [[words] if isinstance(words, str) else words for words in (body.stop, body.stop_words)]
-    words = tuple(dict.fromkeys(word for field in fields for word in field))
-    if len(words) > MAX_STOP_WORDS:
-        raise InvalidRequest(
-            f"There are {len(words)} stop words; at most {MAX_STOP_WORDS} may be.", param="stop"
-        )
-    return words
 
 
 def _to_logprobs(body: ChatCompletionBody) -> int | None:

@@ -8,12 +8,8 @@ from typing import Any, get_args
 import pytest
 from openai.types.chat import completion_create_params
 
-from gallama.api.openai_chat_request import (
-    HONOURED_VALUES,
-    ChatCompletionBody,
-    ConstraintEngine,
-    to_chat_request,
-)
+from gallama.api.openai_chat_request import HONOURED_VALUES, ChatCompletionBody, to_chat_request
+from gallama.api.openai_generation_body import ConstraintEngine
 from gallama.api.request_bodies import parse_body
 from gallama.constraints.engines import ENGINE_NAMES
 from gallama.conversation import ChatRequest, Constraint, Message, ToolCall, ToolChoice, ToolSpec
