@@ -51,7 +51,7 @@ def _only_model_in(folder: Path) -> Path:
         raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
     first_parts = {parts_of(file)[0]: file for file in files}
     if not first_parts:
-        raise InvalidConfig(f"The folder {folder} has no GGUF file, and this version serves GGUF files only.")
+        raise InvalidConfig(f"The folder {folder} has no GGUF file.")
     if len(first_parts) > 1:
         names = ", ".join(sorted(first.name for first in first_parts))
         raise InvalidConfig(f"The folder {folder} has several models; name one of the files: {names}.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from gallama.catalog.embedded import EMBEDDED, EmbeddedModel, find_embedded, installed_embedded
 from gallama.catalog.gguf_files import find_gguf, model_name_of
+from gallama.catalog.model_files import engine_for, find_model
 from gallama.config import SPECULATION_KEYS, ModelSpec, ServerConfig, layer_values, validated
 from gallama.errors import InvalidConfig
 
@@ -28,7 +29,7 @@ class ResolvedModel:
     aliases: tuple[str, ...]
     """What else they may call it."""
     path: Path
-    """The GGUF file, the first part where it is split. With backend `scripted` any path."""
+    """The GGUF file, the first part where it is split; or a folder. With backend `scripted` any path."""
     spec: ModelSpec
     """Its settings, with a backend that is not `auto`."""
 
@@ -156,7 +157,7 @@ def _find_file(values: Mapping[str, Any], folder: Path) -> tuple[ModelSpec, Path
     if spec.backend == "scripted":
         return spec, location
     if os.path.exists(location):
-        return spec, find_gguf(location)
+        return spec, find_model(location)
     embedded = find_embedded(spec.model_id)
     if embedded is None:
         return spec, None
@@ -217,7 +218,7 @@ def _resolved(spec: ModelSpec, path: Path, folder: Path) -> ResolvedModel:
     name = spec.model_name or model_name_of(_location(spec.model_id, folder))
     found = {
         "model_name": name,
-        "backend": "llama_cpp" if spec.backend == "auto" else spec.backend,
+        "backend": engine_for(spec, path),
         "python": spec.python and _interpreter(spec.python, spec.model_id, folder),
     }
     return ResolvedModel(
@@ -245,5 +246,5 @@ def _explain_unknown_model(model_id: str, config: ServerConfig) -> str:
     return (
         f"There is no model {model_id!r}: it is {in_file}, no file or folder"
         f" ({_location(model_id, Path.cwd())}), and no embedded model.{guess}"
-        f" Known names: {', '.join(known)}. Models are not downloaded in this version: name a GGUF file."
+        f" Known names: {', '.join(known)}. Models are not downloaded in this version: name a file or folder."
     )

@@ -46,14 +46,29 @@ _BACKEND_ALIASES = {
 _UNDOCUMENTED = ("scripted",)
 
 HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
-    "backend": ("auto", "llama_cpp", "scripted"),
-    "model_type": ("llm",),
+    "backend": ("auto", "llama_cpp", "transformers", "embedding", "scripted"),
+    "model_type": get_args(ModelType),
     "cache_quant": (None, "FP16", "Q8", "Q4"),
     "tp": (False,),
     "speculative": (None, *get_args(Speculative)),
     "draft_cache_quant": (None, "FP16", "Q8", "Q4"),
 }
 """The keys of which this version does not honour every value, and the values it does. Others are refused."""
+
+_BACKENDS_THAT_EMBED = ("auto", "llama_cpp", "embedding", "scripted")
+# Vectors are made in batches: the more requests there are, the fuller these are.
+_MAX_CONCURRENT_EMBEDDINGS = 64
+_ONLY_FOR_TEXT = (
+    "cache_size",
+    "cache_quant",
+    "tp",
+    "prompt_template",
+    "eos_token_list",
+    "default_sampling",
+    "speculative",
+    "draft_model_id",
+)
+"""Keys that say nothing to a model that embeds."""
 
 NESTED_KEYS = ("backend_extra_args", "default_sampling")
 """The keys that hold settings of their own: written with a dot in `-id`, overridden one by one."""
@@ -171,8 +186,9 @@ class ModelSpec(ConfigModel):
     """
 
     model_id: Annotated[Text, Field(examples=["/path/to/model.gguf"])]
-    """A GGUF file, a folder that holds exactly one, or the name of a model inside an installed package.
-    A relative path starts at this file's folder. Default: the name above."""
+    """A GGUF file, a folder that holds exactly one, a folder in the form of Hugging Face, or the name of a
+    model inside an installed package. A relative path starts at this file's folder.
+    Default: the name above."""
     model_name: Annotated[Text | None, Field(examples=["my-model"])] = None
     """The name that clients use. Default: the name above."""
     aliases: Annotated[TextList, Field(examples=[["gpt-4o-mini"]])] = ()
@@ -180,9 +196,10 @@ class ModelSpec(ConfigModel):
     strict: bool = False
     """Answer only to its exact name and aliases, even when it is the only model."""
     backend: Backend = "auto"
-    """The engine. Default: by the kind of file; llama_cpp for GGUF."""
+    """The engine. Default: by the kind of file: llama_cpp for GGUF, transformers for a folder, embedding
+    (infinity-emb) for the folder of a model that embeds."""
     model_type: ModelType = "llm"
-    """What the model is for."""
+    """What the model is for: text (llm), or vectors of texts and rankings of them (embedding)."""
     gpus: Annotated[Gpus, Field(examples=[[22, 22, 10, 0]])] = "auto"
     """Gigabytes to use on each GPU, by index; 0 hides a GPU from the model. As a list or as in 22,22,10,0."""
     max_seq_len: Annotated[Tokens | None, Field(examples=[8192])] = None
@@ -193,7 +210,7 @@ class ModelSpec(ConfigModel):
     cache_quant: Annotated[CacheQuant | None, Field(examples=["Q8"])] = None
     """How the cache is stored. Default: FP16 with llama_cpp."""
     max_concurrent_requests: Annotated[Count, Field(ge=1, le=1024)] = 16
-    """Requests that one instance answers at the same time."""
+    """Requests that one instance answers at the same time. Default: 16; 64 for a model that embeds."""
     queue_limit: Annotated[Count, Field(le=100_000)] = 64
     """Requests that may wait for one instance; more are refused with status 429."""
     queue_token_limit: Annotated[Tokens, Field(examples=[524_288])] = 524_288
@@ -245,10 +262,15 @@ class ModelSpec(ConfigModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _let_the_type_choose_the_backend(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or str(values.get("model_type")).lower() != "embedding":
+    def _complete_what_embeds(cls, values: Any) -> Any:
+        """The backend that only embeds says what the model is for; that changes a default."""
+        if not isinstance(values, Mapping):
             return values
-        return {"backend": "embedding", **values}
+        if str(values.get("backend")).lower() == "embedding":
+            values = {"model_type": "embedding", **values}
+        if str(values.get("model_type")).lower() == "embedding":
+            values = {"max_concurrent_requests": _MAX_CONCURRENT_EMBEDDINGS, **values}
+        return values
 
     @field_validator(*_ENUMERATIONS, mode="before")
     @classmethod
@@ -288,6 +310,20 @@ class ModelSpec(ConfigModel):
     def most_draft_tokens(self) -> int:
         """Tokens to guess in one go, at most; 0 where none are."""
         return self.num_draft_tokens or _DRAFT_TOKENS[self.speculation]
+
+    @model_validator(mode="after")
+    def _check_type(self) -> ModelSpec:
+        if self.model_type == "llm":
+            if self.backend == "embedding":
+                raise ValueError("the backend embedding makes no text; leave `model_type` out")
+            return self
+        if self.backend not in _BACKENDS_THAT_EMBED:
+            raise ValueError(f"the backend {self.backend} does not embed; leave `backend` out")
+        fields = type(self).model_fields
+        unused = [key for key in _ONLY_FOR_TEXT if getattr(self, key) != fields[key].default]
+        if unused:
+            raise ValueError(f"a model that embeds does not use `{'`, `'.join(unused)}`; leave that out")
+        return self
 
     @model_validator(mode="after")
     def _check_speculation(self) -> ModelSpec:

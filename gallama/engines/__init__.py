@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from gallama.config import ModelSpec
+from gallama.embedding import Embedder
 from gallama.errors import MissingExtra
 from gallama.generation import Engine, ReportProgress
 
@@ -14,10 +16,13 @@ def ignore_progress(_: float) -> None:
     pass
 
 
-class Loader(Protocol):
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Loader(Protocol[T_co]):
     def __call__(
         self, spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_progress
-    ) -> Engine:
+    ) -> T_co:
         """Load a model. Blocks for as long as that takes.
 
         Raises:
@@ -26,22 +31,43 @@ class Loader(Protocol):
         ...
 
 
-def _load_llama_cpp(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_progress) -> Engine:
-    try:
-        from gallama.engines import llama_cpp
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("llama_cpp"):
-            raise
-        raise MissingExtra(
-            "The llama_cpp backend needs llama-cpp-python: pip install 'gallama[llama-cpp]'."
-        ) from error
-    return llama_cpp.load(spec, path, report_progress)
+def _load_by(module: str, needs: str, function: str = "load") -> Loader[T_co]:
+    """A loader that imports its engine when it is called.
+
+    Args:
+        module: of the engine, in this package.
+        needs: what it stands on, and how to have that.
+    """
+
+    def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_progress) -> T_co:
+        try:
+            engine = import_module(f"gallama.engines.{module}")
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("gallama"):
+                raise
+            raise MissingExtra(
+                f"The {spec.backend} backend needs {needs}. What is missing is {error.name}."
+            ) from error
+        loaded: T_co = getattr(engine, function)(spec, path, report_progress)
+        return loaded
+
+    return load
 
 
-def _load_scripted(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_progress) -> Engine:
-    from gallama.engines import scripted
+_LLAMA_CPP = "llama-cpp-python: pip install 'gallama[llama-cpp]'"
+_TRANSFORMERS = "transformers and torch: gallama setup transformers"
+_INFINITY = "infinity-emb, in an environment of its own: gallama setup embedding"
 
-    return scripted.load(spec, path, report_progress)
+ENGINES: dict[str, Loader[Engine]] = {
+    "llama_cpp": _load_by("llama_cpp", _LLAMA_CPP),
+    "transformers": _load_by("transformers", _TRANSFORMERS),
+    "scripted": _load_by("scripted", "nothing"),
+}
+"""What makes text."""
 
-
-ENGINES: dict[str, Loader] = {"llama_cpp": _load_llama_cpp, "scripted": _load_scripted}
+EMBEDDERS: dict[str, Loader[Embedder]] = {
+    "embedding": _load_by("infinity", _INFINITY),
+    "llama_cpp": _load_by("llama_cpp.embedder", _LLAMA_CPP),
+    "scripted": _load_by("scripted", "nothing", "load_embedder"),
+}
+"""What makes vectors of texts, or ranks them."""

@@ -7,7 +7,6 @@ import time
 from gallama.conversation import (
     AnswerText,
     ChatEvent,
-    ChatRequest,
     Completed,
     Failure,
     Finished,
@@ -16,7 +15,9 @@ from gallama.conversation import (
     ToolCallStarted,
     Usage,
 )
+from gallama.embedding import Embeddings, Relevances
 from gallama.pool.ticket import Outcome, RequestRecord
+from gallama.wire import UnaryReply
 
 _NO_USAGE = Usage(prompt_tokens=0, completion_tokens=0)
 
@@ -24,9 +25,9 @@ _NO_USAGE = Usage(prompt_tokens=0, completion_tokens=0)
 class Account:
     """One request. It counts as cancelled until it is known to have ended in another way."""
 
-    def __init__(self, request: ChatRequest, *, model: str, key_name: str) -> None:
+    def __init__(self, request_id: str, *, model: str, key_name: str) -> None:
         self.tries = 0
-        self._request_id = request.request_id
+        self._request_id = request_id
         self._model = model
         self._key_name = key_name
         self._entered_at = time.time()
@@ -63,6 +64,12 @@ class Account:
                 self.ends_in_error(error.code)
             case _:
                 pass
+
+    def take_reply(self, reply: UnaryReply) -> None:
+        """Its whole answer. Only what the model has computed counts as tokens."""
+        self._outcome = "completed"
+        if isinstance(reply, Embeddings | Relevances):
+            self._usage = Usage(prompt_tokens=reply.prompt_tokens, completion_tokens=0)
 
     def ends_in_error(self, code: str) -> None:
         self._outcome = "failed" if self.tries else "refused"

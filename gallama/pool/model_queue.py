@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from gallama import __version__
 from gallama.catalog import ResolvedModel
-from gallama.conversation import ChatRequest
 from gallama.errors import (
     DeadlineExceeded,
     GallamaError,
@@ -27,10 +26,11 @@ from gallama.errors import (
     WorkerUnavailable,
 )
 from gallama.pool.instance import Instance
-from gallama.pool.routing import RoutingPolicy, estimated_tokens, prefix_blocks
+from gallama.pool.routing import RoutingPolicy
 from gallama.pool.supervisor import Endpoint
 from gallama.pool.ticket import Ticket
 from gallama.pool.views import InstanceState, ServedModel, Unloaded
+from gallama.pool.work import Work
 
 _MAX_RETRY_AFTER_SECONDS = 600
 _SERVICE_TIME_WEIGHT = 0.2
@@ -51,9 +51,7 @@ class Slot:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    blocks: Sequence[bytes]
-    tokens: int
-    """Of its prompt, as estimated."""
+    work: Work
     slot: asyncio.Future[Slot] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -197,9 +195,7 @@ class ModelQueue:
         self._on_change()
 
     @contextlib.asynccontextmanager
-    async def slot(
-        self, request: ChatRequest, ticket: Ticket, *, in_front: bool = False
-    ) -> AsyncIterator[Slot]:
+    async def slot(self, work: Work, ticket: Ticket, *, in_front: bool = False) -> AsyncIterator[Slot]:
         """Wait for room, and hold it inside the context. Cancelling leaves the line.
 
         Args:
@@ -210,7 +206,7 @@ class ModelQueue:
             DeadlineExceeded: the ticket's deadline came first.
             WorkerUnavailable, or the worker's own error: no instance lives or is about to.
         """
-        waiting = self._enter(request, in_front=in_front)
+        waiting = self._enter(work, in_front=in_front)
         ticket.find_position = lambda: self._position(waiting)
         try:
             self._assign()
@@ -240,7 +236,7 @@ class ModelQueue:
         except ValueError:
             return None
 
-    def _enter(self, request: ChatRequest, *, in_front: bool) -> _Waiting:
+    def _enter(self, work: Work, *, in_front: bool) -> _Waiting:
         self.last_used = time.time()
         if self.is_closing or not self.instances:
             raise ModelUnloaded(
@@ -249,12 +245,12 @@ class ModelQueue:
         self._load_what_is_missing()
         if not self._may_become_ready():
             raise self._unavailable()
-        waiting = _Waiting(prefix_blocks(request), estimated_tokens(request))
+        waiting = _Waiting(work)
         if not in_front:
-            self._check_room(waiting.tokens)
+            self._check_room(work.tokens)
         enter: Callable[[_Waiting], None] = self._waiting.appendleft if in_front else self._waiting.append
         enter(waiting)
-        self._waiting_tokens += waiting.tokens
+        self._waiting_tokens += work.tokens
         return waiting
 
     def _load_what_is_missing(self) -> None:
@@ -283,7 +279,7 @@ class ModelQueue:
     def _abandon(self, waiting: _Waiting) -> None:
         if waiting in self._waiting:
             self._waiting.remove(waiting)
-            self._waiting_tokens -= waiting.tokens
+            self._waiting_tokens -= waiting.work.tokens
             self._on_change()
         elif waiting.slot.done() and not waiting.slot.cancelled() and waiting.slot.exception() is None:
             # It got its slot in the very moment in which its client left.
@@ -303,11 +299,11 @@ class ModelQueue:
             return
         while self._waiting and (free := [i for i, each in enumerate(self.instances) if each.has_room]):
             waiting = self._waiting.popleft()
-            self._waiting_tokens -= waiting.tokens
+            self._waiting_tokens -= waiting.work.tokens
             if waiting.slot.done():
                 continue
-            instance = self.instances[self._choose(free, waiting.blocks)]
-            waiting.slot.set_result(Slot(instance, instance.take(waiting.blocks)))
+            instance = self.instances[self._choose(free, waiting.work.blocks)]
+            waiting.slot.set_result(Slot(instance, instance.take(waiting.work.blocks)))
 
     def _choose(self, free: Sequence[int], blocks: Sequence[bytes]) -> int:
         if len(self.instances) == 1:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,13 +17,16 @@ import msgspec
 
 from gallama.catalog import ResolvedModel, check_names
 from gallama.config import ServerConfig
+from gallama.config.model_spec import ModelType
 from gallama.conversation import ChatEvent, ChatRequest, Failure
+from gallama.embedding import EmbedRequest, RerankRequest
 from gallama.errors import (
     DeadlineExceeded,
     GallamaError,
     InvalidConfig,
     ModelNotFound,
     ModelUnloaded,
+    UnsupportedValue,
     WorkerDied,
 )
 from gallama.pool.account import Account
@@ -38,7 +42,8 @@ from gallama.pool.routing import POLICIES
 from gallama.pool.supervisor import SupervisionLimits
 from gallama.pool.ticket import RequestRecord, Ticket
 from gallama.pool.views import InstanceState, LoadTask, Problem, ServedModel, Unloaded
-from gallama.wire import stream_chat
+from gallama.pool.work import Work, work_of
+from gallama.wire import UnaryReply, UnaryRequest, ask, stream_chat
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,11 @@ MAX_TRIES = 3
 """Workers that are asked one request, as long as none of them has begun to answer it."""
 MAX_KEPT_PROBLEMS = 20
 Observer = Callable[[RequestRecord], None]
+
+_WHAT_IT_DOES: Mapping[ModelType, str] = {
+    "llm": "makes text, and embeds none: ask it at /v1/chat/completions or /v1/completions",
+    "embedding": "makes no text, it embeds: ask it at /v1/embeddings",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +170,17 @@ class WorkerPool:
         """The newest last."""
         return list(self._problems)
 
-    def identify(self, name: str) -> ModelIdentity:
+    def identify(self, name: str, model_type: ModelType | None = "llm") -> ModelIdentity:
         """Which model answers to a name.
+
+        Args:
+            model_type: what it is asked for; None: what any model can do.
 
         Raises:
             ModelNotFound: none does.
+            UnsupportedValue: it is for something else.
         """
-        queue = self._queue_for(name)
+        queue = self._queue_for(name, model_type)
         return ModelIdentity(queue.name, queue.fingerprint)
 
     @property
@@ -189,14 +203,15 @@ class WorkerPool:
 
         Raises:
             ModelNotFound: no model answers to the name.
+            UnsupportedValue: the model makes no text.
             WorkerBusy: too many others wait.
             DeadlineExceeded: the ticket's deadline came before the answer began.
             WorkerUnavailable, or the worker's own error: no worker can answer.
         """
         ticket = ticket or Ticket()
-        queue = self._queue_for(request.model)
+        queue = self._queue_for(request.model, "llm")
         request = msgspec.structs.replace(request, model=queue.name)
-        account = Account(request, model=queue.name, key_name=ticket.key_name)
+        account = Account(request.request_id, model=queue.name, key_name=ticket.key_name)
         try:
             async with aclosing(_events(queue, request, ticket, account)) as events:
                 async for event in events:
@@ -208,6 +223,26 @@ class WorkerPool:
         finally:
             if not request.dry_run:
                 self._observe(account.close(), ticket)
+
+    async def ask(self, request: UnaryRequest, ticket: Ticket | None = None) -> UnaryReply:
+        """Ask the model that answers to `request.model` what is answered all at once. Cancelling cancels it.
+
+        Raises:
+            As `chat`, and what the worker says against the request.
+        """
+        ticket = ticket or Ticket()
+        queue = self._queue_for(request.model, _type_for(request))
+        request = msgspec.structs.replace(request, model=queue.name)
+        account = Account(request.request_id, model=queue.name, key_name=ticket.key_name)
+        try:
+            reply = await _reply(queue, request, ticket, account)
+            account.take_reply(reply)
+        except GallamaError as error:
+            account.ends_in_error(error.report().code)
+            raise
+        finally:
+            self._observe(account.close(), ticket)
+        return reply
 
     def add(self, models: Sequence[ResolvedModel]) -> LoadTask:
         """Load instances of models beside what is there; each is loaded as soon as there is room.
@@ -430,13 +465,21 @@ class WorkerPool:
                 f"`max_loaded_models` is {limit}, but {len(names)} models are to be loaded: {asked}."
             )
 
-    def _queue_for(self, name: str) -> ModelQueue:
-        """The model of the name, or the one that answers to all names."""
+    def _queue_for(self, name: str, model_type: ModelType | None = None) -> ModelQueue:
+        """The model of the name, or the one of its type that answers to all names.
+
+        Raises:
+            ModelNotFound: there is none.
+            UnsupportedValue: the model of the name is of another type.
+        """
         queue = self._queues.get(self._names_by_alias.get(name, name))
         if queue is not None:
+            own_type = queue.model.spec.model_type
+            if model_type not in (None, own_type):
+                raise UnsupportedValue(f"{queue.name} {_WHAT_IT_DOES[own_type]}.", param="model")
             return queue
-        loaded = [queue for queue in self._queues.values() if queue.is_wanted]
-        candidates = loaded or list(self._queues.values())
+        fitting = [each for each in self._queues.values() if model_type in (None, each.model.spec.model_type)]
+        candidates = [each for each in fitting if each.is_wanted] or fitting
         if self._config.strict or len(candidates) != 1 or candidates[0].model.spec.strict:
             raise ModelNotFound(f"No model is called {name[:80]!r}.", param="model")
         return candidates[0]
@@ -465,21 +508,52 @@ async def _events(
     queue: ModelQueue, request: ChatRequest, ticket: Ticket, account: Account
 ) -> AsyncGenerator[ChatEvent, None]:
     """The answer's events, from another worker where one died before the first."""
+    work = work_of(request)
     while account.tries < MAX_TRIES:
-        account.waits()
-        async with queue.slot(request, ticket, in_front=account.tries > 0) as slot:
-            account.is_given_to(slot.instance.number)
-            async with aclosing(_ask(slot, request, ticket.deadline)) as events:
-                async for event in events:
-                    if event is None:
-                        break
-                    yield event
-                else:
-                    return
-    raise WorkerDied(f"{MAX_TRIES} workers of {queue.name} died before they began to answer.")
+        async with (
+            _slot(queue, work, ticket, account) as slot,
+            aclosing(_stream(slot, request, ticket.deadline)) as events,
+        ):
+            async for event in events:
+                if event is None:
+                    break
+                yield event
+            else:
+                return
+    raise _too_many_died(queue)
 
 
-async def _ask(
+async def _reply(queue: ModelQueue, request: UnaryRequest, ticket: Ticket, account: Account) -> UnaryReply:
+    """The answer, from another worker where one died before it was there."""
+    work = work_of(request)
+    while account.tries < MAX_TRIES:
+        async with _slot(queue, work, ticket, account) as slot:
+            try:
+                asking = ask(slot.endpoint.address, slot.endpoint.secret, request)
+                return await _before(ticket.deadline, asking)
+            except OSError:
+                slot.report_broken()
+    raise _too_many_died(queue)
+
+
+@contextlib.asynccontextmanager
+async def _slot(queue: ModelQueue, work: Work, ticket: Ticket, account: Account) -> AsyncIterator[Slot]:
+    """A slot for one more try; whoever has lost a worker does not wait behind the others again."""
+    account.waits()
+    async with queue.slot(work, ticket, in_front=account.tries > 0) as slot:
+        account.is_given_to(slot.instance.number)
+        yield slot
+
+
+def _too_many_died(queue: ModelQueue) -> WorkerDied:
+    return WorkerDied(f"{MAX_TRIES} workers of {queue.name} died before they began to answer.")
+
+
+def _type_for(request: UnaryRequest) -> ModelType | None:
+    return "embedding" if isinstance(request, EmbedRequest | RerankRequest) else None
+
+
+async def _stream(
     slot: Slot, request: ChatRequest, deadline: float | None
 ) -> AsyncGenerator[ChatEvent | None, None]:
     """The worker's events; a single None when it died before the first: another may be asked."""
@@ -487,7 +561,7 @@ async def _ask(
     try:
         endpoint = slot.endpoint
         async with aclosing(stream_chat(endpoint.address, endpoint.secret, request)) as events:
-            while (event := await _next_before(deadline, events)) is not None:
+            while (event := await _before(deadline, _next(events))) is not None:
                 has_begun = True
                 yield event
     except DeadlineExceeded as error:
@@ -505,17 +579,21 @@ def _why_it_broke(slot: Slot, model: str) -> GallamaError:
     return WorkerDied(f"The worker of {model} ended while it answered.")
 
 
-async def _next_before(deadline: float | None, events: AsyncGenerator[ChatEvent, None]) -> ChatEvent | None:
-    """The next event; None after the last.
+async def _next(events: AsyncGenerator[ChatEvent, None]) -> ChatEvent | None:
+    """The next event; None after the last."""
+    return await anext(events, None)
 
+
+async def _before(deadline: float | None, work: Coroutine[Any, Any, T]) -> T:
+    """
     Raises:
         DeadlineExceeded: the deadline, in `time.monotonic()`'s seconds, comes first.
     """
     if deadline is None:
-        return await anext(events, None)
+        return await work
     try:
         async with asyncio.timeout(deadline - time.monotonic()) as limit:
-            return await anext(events, None)
+            return await work
     except TimeoutError:
         if not limit.expired():
             raise

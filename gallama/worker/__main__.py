@@ -8,20 +8,24 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from gallama import event_loop
 from gallama.config import ModelSpec
-from gallama.engines import ENGINES
+from gallama.embedding import Embedder
+from gallama.engines import EMBEDDERS, ENGINES, Loader
 from gallama.errors import ErrorReport, GallamaError, InvalidConfig
 from gallama.generation import Engine, ReportProgress
 from gallama.wire import LoadFailed, Loading, Ready, WorkerOrder, WorkerReport
-from gallama.worker.chat import ChatRunner
-from gallama.worker.serve import serving
+from gallama.worker.serve import Runner, serving
 
 logger = logging.getLogger("gallama.worker")
+
+T = TypeVar("T")
 
 _TELL_SECONDS = 0.25
 """While a model loads, how far it is is told so often."""
@@ -62,7 +66,7 @@ async def _load_and_serve(order: WorkerOrder, report_fd: int) -> None:
         await asyncio.Event().wait()
 
 
-async def _load(spec: ModelSpec, path: Path, report_fd: int) -> tuple[Engine, ChatRunner]:
+async def _load(spec: ModelSpec, path: Path, report_fd: int) -> tuple[Engine | Embedder, Runner]:
     """Load the model, and tell how far it is all the while, also where that does not change.
 
     Raises:
@@ -74,9 +78,10 @@ async def _load(spec: ModelSpec, path: Path, report_fd: int) -> tuple[Engine, Ch
         nonlocal fraction
         fraction = loaded
 
-    def load() -> tuple[Engine, ChatRunner]:
-        engine = _load_engine(spec, path, take_progress)
-        return engine, ChatRunner(engine, spec)
+    def load() -> tuple[Engine | Embedder, Runner]:
+        if spec.model_type == "embedding":
+            return _load_embedder(spec, path, take_progress)
+        return _load_engine(spec, path, take_progress)
 
     loading = asyncio.create_task(asyncio.to_thread(load))
     while not loading.done():
@@ -85,11 +90,29 @@ async def _load(spec: ModelSpec, path: Path, report_fd: int) -> tuple[Engine, Ch
     return loading.result()
 
 
-def _load_engine(spec: ModelSpec, path: Path, report_progress: ReportProgress) -> Engine:
-    load = ENGINES.get(str(spec.backend))
-    if load is None:
-        raise InvalidConfig(f"There is no backend {spec.backend!r}; there are: {', '.join(sorted(ENGINES))}.")
-    return load(spec, path, report_progress)
+# Each imports what only it needs: an environment that is made for embedding has no grammars.
+def _load_engine(spec: ModelSpec, path: Path, report_progress: ReportProgress) -> tuple[Engine, Runner]:
+    from gallama.worker.chat import ChatRunner
+
+    engine = _choose(ENGINES, spec)(spec, path, report_progress)
+    return engine, ChatRunner(engine, spec)
+
+
+def _load_embedder(spec: ModelSpec, path: Path, report_progress: ReportProgress) -> tuple[Embedder, Runner]:
+    from gallama.worker.embed import EmbedRunner
+
+    embedder = _choose(EMBEDDERS, spec)(spec, path, report_progress)
+    return embedder, EmbedRunner(embedder)
+
+
+def _choose(loaders: Mapping[str, Loader[T]], spec: ModelSpec) -> Loader[T]:
+    """
+    Raises:
+        InvalidConfig: there is none for the backend.
+    """
+    if spec.backend not in loaders:
+        raise InvalidConfig(f"There is no backend {spec.backend!r}; there are: {', '.join(sorted(loaders))}.")
+    return loaders[spec.backend]
 
 
 def _read_order() -> WorkerOrder:

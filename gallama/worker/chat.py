@@ -5,6 +5,7 @@ Knows conversations and tokens, and is the only place that knows both.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -18,13 +19,17 @@ from gallama.constraints.thinking import ThinkingReader
 from gallama.conversation import Accepted, ChatEvent, ChatRequest, Completed, Explained, Usage
 from gallama.dialects import Splitter, visible_control_tokens
 from gallama.dialects.dialect import control_token_pattern
+from gallama.errors import NotSupported
 from gallama.generation import Engine, GenerationRequest
+from gallama.tokenization import DetokenizeRequest, TokenizedText, TokenizeRequest
+from gallama.wire import UnaryReply, UnaryRequest
 from gallama.worker.answer_parser import AnswerParser
 from gallama.worker.choice import Choice
 from gallama.worker.interleave import interleaved
 from gallama.worker.preparation import ChatPreparer, PreparedChat
 from gallama.worker.stop_words import StopWords
 from gallama.worker.text_logprobs import TextLogprobs
+from gallama.worker.tokens import detokenize, to_tokenized_text, tokenize
 
 
 class ChatRunner:
@@ -53,6 +58,27 @@ class ChatRunner:
             async for event in events:
                 yield event
         yield Completed(usage=self._usage(prepared, choices))
+
+    async def reply(self, request: UnaryRequest) -> UnaryReply:
+        """What a model that makes text can tell at once: its tokens.
+
+        Raises:
+            GallamaError: the request is refused.
+        """
+        match request:
+            case TokenizeRequest():
+                return await asyncio.to_thread(self._tokenize, request)
+            case DetokenizeRequest():
+                return detokenize(self._engine, request.token_ids)
+        raise NotSupported(f"{request.model} makes text; it does not embed.")
+
+    def _tokenize(self, request: TokenizeRequest) -> TokenizedText:
+        if request.chat is not None:
+            token_ids = self._preparer.prompt_token_ids(request.chat)
+        else:
+            special = request.add_special_tokens
+            token_ids = tokenize(self._engine, request.text, add_special_tokens=special)
+        return to_tokenized_text(self._engine, token_ids)
 
     def _usage(self, prepared: PreparedChat, choices: Sequence[Choice]) -> Usage:
         accepted = sum(choice.accepted_draft_tokens for choice in choices)

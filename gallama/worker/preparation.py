@@ -103,6 +103,14 @@ class ChatPreparer:
             checks = await asyncio.to_thread(ValueChecks, prepared.spec, grammar)
         return replace(prepared, grammar=grammar, checks=checks, compile_milliseconds=milliseconds)
 
+    def prompt_token_ids(self, request: ChatRequest) -> Sequence[int]:
+        """The tokens of the request's prompt.
+
+        Raises:
+            GallamaError: the request is refused.
+        """
+        return self._admit(request).prompt_token_ids
+
     def start_state(
         self, request: ChatRequest, prepared: PreparedChat, kept_token_ids: Sequence[int]
     ) -> State | None:

@@ -14,7 +14,18 @@ from typing import Any, Protocol
 from gallama.conversation import ChatEvent, ChatRequest, Failure
 from gallama.errors import ErrorReport, GallamaError
 from gallama.generation import EngineStatus
-from gallama.wire import ChatCall, Link, StatusCall, TokenCall, WorkerStatus, listen, receive_call
+from gallama.wire import (
+    ChatCall,
+    Link,
+    StatusCall,
+    TokenCall,
+    UnaryCall,
+    UnaryReply,
+    UnaryRequest,
+    WorkerStatus,
+    listen,
+    receive_call,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +34,19 @@ GREETING_SECONDS = 10.0
 
 
 class Runner(Protocol):
-    """What turns a request into events."""
+    """What answers requests."""
 
-    def run(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]: ...
+    def run(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+        """The events of an answer in text."""
+        ...
+
+    async def reply(self, request: UnaryRequest) -> UnaryReply:
+        """What is answered all at once.
+
+        Raises:
+            GallamaError: the request is refused, or failed.
+        """
+        ...
 
 
 class ConnectionAnswerer:
@@ -75,6 +96,8 @@ class ConnectionAnswerer:
                 await _unless_hung_up(link, self._send_status_after_token(link))
             case ChatCall():
                 await _unless_hung_up(link, self._send_events(link, call.request))
+            case UnaryCall():
+                await _unless_hung_up(link, self._send_reply(link, call.request))
 
     async def _send_events(self, link: Link, request: ChatRequest) -> None:
         async with aclosing(self._events(request)) as events:
@@ -84,6 +107,15 @@ class ConnectionAnswerer:
                     await link.send(event)
                 finally:
                     self._slow_readers -= 1
+
+    async def _send_reply(self, link: Link, request: UnaryRequest) -> None:
+        try:
+            reply: UnaryReply | Failure = await self._runner.reply(request)
+        except GallamaError as error:
+            reply = Failure(error.report())
+        except Exception:
+            reply = _unexpected_failure(request.request_id)
+        await link.send(reply)
 
     async def _send_status_after_token(self, link: Link) -> None:
         try:
@@ -105,9 +137,7 @@ class ConnectionAnswerer:
         except GallamaError as error:
             yield Failure(error.report())
         except Exception:
-            # The process boundary: whatever broke, this client hears of it and the worker lives on.
-            logger.exception("Request %s ended in an unexpected error.", request.request_id)
-            yield Failure(_unexpected_error(request.request_id))
+            yield _unexpected_failure(request.request_id)
 
     def _status(self) -> WorkerStatus:
         status = dataclasses.asdict(self._engine_status())
@@ -155,6 +185,12 @@ async def _unless_hung_up(link: Link, work: Coroutine[Any, Any, None]) -> None:
         working.cancel()
         hanging_up.cancel()
         await asyncio.gather(working, hanging_up, return_exceptions=True)
+
+
+def _unexpected_failure(request_id: str) -> Failure:
+    """The process boundary: whatever broke, this client hears of it and the worker lives on."""
+    logger.exception("Request %s ended in an unexpected error.", request_id)
+    return Failure(_unexpected_error(request_id))
 
 
 def _unexpected_error(request_id: str) -> ErrorReport:

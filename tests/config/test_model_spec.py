@@ -66,9 +66,8 @@ def test_a_cache_size_that_is_no_count_of_tokens_is_refused(size: object) -> Non
         ("tp", "yes"),
         ("cache_quant", "Q6"),
         ("draft_cache_quant", "Q6"),
-        ("backend", "transformers"),
+        ("backend", "exllamav2"),
         ("backend", "exllamav3"),
-        ("backend", "embedding"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused_and_named(key: str, value: object) -> None:
@@ -81,10 +80,37 @@ def test_every_key_that_is_not_fully_honoured_is_a_key() -> None:
     assert HONOURED_VALUES.keys() <= ModelSpec.model_fields.keys()
 
 
-def test_a_model_type_of_embedding_means_that_backend() -> None:
-    message = problem(model_type="Embedding")
-    assert "backend: 'embedding' is not in this version yet; use one of: auto, llama_cpp" in message
-    assert "model_type: 'embedding' is not in this version yet; use one of: llm" in message
+@pytest.mark.parametrize("keys", [{"model_type": "Embedding"}, {"backend": "EMBEDDING"}])
+def test_a_model_that_embeds_answers_more_requests_at_a_time(keys: dict[str, str]) -> None:
+    assert spec(**keys).model_type == "embedding"
+    assert spec(**keys).max_concurrent_requests == 64
+    assert spec(**keys, max_concurrent_requests=3).max_concurrent_requests == 3
+
+
+@pytest.mark.parametrize("backend", ["transformers", "exllama"])
+def test_a_backend_that_does_not_embed_is_refused_for_a_model_that_does(backend: str) -> None:
+    message = problem(model_type="embedding", backend=backend)
+    assert "does not embed; leave `backend` out" in message or "not in this version yet" in message
+
+
+def test_the_backend_that_embeds_is_refused_for_a_model_of_text() -> None:
+    assert "makes no text; leave `model_type` out" in problem(model_type="llm", backend="embedding")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"cache_size": 512},
+        {"cache_quant": "Q8"},
+        {"prompt_template": "chatml"},
+        {"eos_token_list": ["</s>"]},
+        {"default_sampling": {"top_k": 1}},
+        {"speculative": "ngram"},
+        {"draft_model_id": "small"},
+    ],
+)
+def test_what_is_only_for_text_is_refused_for_a_model_that_embeds(keys: dict[str, object]) -> None:
+    assert f"does not use `{next(iter(keys))}`" in problem(model_type="embedding", **keys)
 
 
 def test_a_name_that_does_not_exist_is_answered_with_those_that_work() -> None:
