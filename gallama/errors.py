@@ -87,6 +87,12 @@ class ContextLengthExceeded(InvalidRequest):
     hint = "Send fewer or shorter messages, or lower `max_tokens`."
 
 
+class TextTooLong(ContextLengthExceeded):
+    """A text to embed, or to rank, has more tokens than the model takes."""
+
+    hint = "Nothing is ever cut: send it in shorter pieces."
+
+
 class InvalidConstraint(InvalidRequest):
     """A schema, regex or grammar is malformed, contradicts itself or has no finite answer."""
 
