@@ -23,9 +23,12 @@ from gallama.catalog.gguf_metadata import GgufMetadata, read_gguf_metadata
 from gallama.catalog.lookup import ResolvedModel
 from gallama.config import ModelSpec
 from gallama.config.model_spec import MAX_TOKENS
+from gallama.errors import InvalidConfig
 
 PROCESS_BYTES = 100 * 2**20
 """Main memory of a worker beside its models: Python, libraries, the vocabulary."""
+TORCH_PROCESS_BYTES = 600 * 2**20
+"""The same, of a worker that loads torch."""
 
 _CACHE_BYTES_OF_32: Mapping[str, int] = {"FP16": 64, "Q8": 34, "Q4": 18}
 # These are llama.cpp's and those of its engine here.
@@ -87,7 +90,8 @@ _NOTHING = ModelNeed(weight_bytes=0, cache_bytes=0, compute_bytes=0, shelf_bytes
 
 
 def estimate_memory(model: ResolvedModel) -> MemoryNeed:
-    """What one instance of the model takes; nothing for an engine that holds no model. Reads its file.
+    """What one instance of the model takes; nothing for an engine that holds no model. Reads its file, or
+    its folder.
 
     Raises:
         InvalidConfig: the file cannot be read, or is no GGUF file of a language model.
@@ -95,6 +99,8 @@ def estimate_memory(model: ResolvedModel) -> MemoryNeed:
     spec = model.spec
     if spec.backend == "scripted":
         return MemoryNeed(model=_NOTHING, process_bytes=0)
+    if spec.backend in ("transformers", "embedding"):
+        return _need_of_folder(model.path)
     settings = _Settings(spec.backend_extra_args)
     metadata = read_gguf_metadata(model.path)
     context = _plan_context(spec, settings, metadata)
@@ -109,6 +115,18 @@ def estimate_memory(model: ResolvedModel) -> MemoryNeed:
     gpu_layers = settings.gpu_layers if spec.draft_gpus is None else None
     draft = read_gguf_metadata(Path(spec.draft_model_id))
     return MemoryNeed(model=need, draft=_need_of(draft, for_draft, settings, quant, gpu_layers))
+
+
+def _need_of_folder(folder: Path) -> MemoryNeed:
+    """Of a model that torch holds: its weights as they are stored. What its texts take is not known before."""
+    try:
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    except OSError as error:
+        raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
+    need = ModelNeed(
+        weight_bytes=weights, cache_bytes=0, compute_bytes=0, shelf_bytes=0, gpu_bytes=weights
+    )
+    return MemoryNeed(model=need, process_bytes=TORCH_PROCESS_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

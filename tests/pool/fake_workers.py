@@ -20,13 +20,14 @@ from gallama.conversation import (
     Message,
     Usage,
 )
-from gallama.errors import GallamaError
+from gallama.embedding import Embeddings, EmbedRequest
+from gallama.errors import GallamaError, InvalidRequest
 from gallama.generation import EngineStatus
 from gallama.pool.gpus import Placement
 from gallama.pool.launchers import RunningWorker
 from gallama.pool.pool import WorkerPool
 from gallama.pool.ticket import RequestRecord, Ticket
-from gallama.wire import Ready
+from gallama.wire import Ready, UnaryReply, UnaryRequest
 from gallama.worker.serve import serving
 
 DONE = Completed(Usage(prompt_tokens=1, completion_tokens=1))
@@ -95,10 +96,37 @@ class FakeWorker:
         finally:
             self.busy -= 1
 
+    async def reply(self, request: UnaryRequest) -> UnaryReply:
+        assert isinstance(request, EmbedRequest)
+        text = str(request.inputs[0])
+        self.asked.append(text)
+        self.busy += 1
+        try:
+            if text == "die" and len(self._launcher.workers) <= self._launcher.bad_workers:
+                self.die()
+                await asyncio.sleep(1)
+            if text == "hang":
+                await asyncio.Event().wait()
+            if text == "refuse":
+                raise InvalidRequest("No.", param="input")
+            return Embeddings(vectors=(f"{self.model.name}: {text}".encode(),), prompt_tokens=7)
+        finally:
+            self.busy -= 1
+
     async def _serve(self) -> None:
         async with serving("tcp:127.0.0.1:0", self.secret, self, self.status) as address:
             self._address.set_result(address)
-            await asyncio.Event().wait()
+            await until_cancelled()
+
+
+async def until_cancelled() -> None:
+    """A server that closes while it takes a connection up leaves that one's socket open: asyncio does that in
+    three turns of its loop."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        for _ in range(3):
+            await asyncio.sleep(0)
 
 
 class FakeLauncher:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
+from gallama.catalog import ResolvedModel
+from gallama.config.model_spec import ModelType
 from gallama.conversation import Accepted, AnswerText, Failure
+from gallama.embedding import Embeddings, EmbedRequest
 from gallama.errors import (
+    DeadlineExceeded,
     GallamaError,
     InvalidConfig,
     ModelLoadFailed,
     ModelNotFound,
     ReportedError,
+    UnsupportedValue,
     WorkerBusy,
     WorkerDied,
 )
 from gallama.pool import supervisor
 from gallama.pool.pool import MAX_TRIES, WorkerPool
 from gallama.pool.supervisor import Backoff
+from gallama.pool.ticket import RequestRecord, Ticket
+from gallama.wire import UnaryReply
 from tests.pool.fake_workers import DONE, FakeLauncher, answer, ask, model, running, text_of, until
 
 
@@ -80,10 +90,86 @@ class TestNames:
             with pytest.raises(ModelNotFound):
                 pool.find("gpt-4")
 
+    async def test_an_unknown_name_is_answered_by_the_only_model_of_the_kind_that_is_asked(self) -> None:
+        async with running(model("a"), model("e", model_type="embedding")) as pool:
+            assert pool.identify("gpt-4").name == "a"
+            assert pool.identify("ada", "embedding").name == "e"
+            with pytest.raises(ModelNotFound):
+                pool.identify("any", None)
+
+    @pytest.mark.parametrize(
+        ("name", "model_type", "way_out"), [("e", "llm", "/v1/embeddings"), ("a", "embedding", "/v1/chat")]
+    )
+    async def test_a_model_that_is_for_something_else_says_where_to_ask_it(
+        self, name: str, model_type: ModelType, way_out: str
+    ) -> None:
+        async with running(model("a"), model("e", model_type="embedding")) as pool:
+            with pytest.raises(UnsupportedValue, match=way_out) as error:
+                pool.identify(name, model_type)
+            assert error.value.param == "model"
+
     def test_an_alias_that_means_two_models_is_refused(self) -> None:
         for models in ([model("a", ("x",)), model("b", ("x",))], [model("a", ("b",)), model("b")]):
             with pytest.raises(InvalidConfig, match="belongs to two models"):
                 WorkerPool(models)
+
+
+def embed(
+    pool: WorkerPool, text: str = "hi", ticket: Ticket | None = None
+) -> Coroutine[Any, Any, UnaryReply]:
+    return pool.ask(EmbedRequest(request_id="r", model="e", inputs=(text,)), ticket)
+
+
+def embedder(**values: Any) -> ResolvedModel:
+    return model("e", model_type="embedding", **values)
+
+
+class TestWhatIsAnsweredAtOnce:
+    async def test_it_is_answered_and_recorded(self) -> None:
+        records: list[RequestRecord] = []
+        async with running(embedder(), observers=[records.append]) as pool:
+            assert await embed(pool) == Embeddings(vectors=(b"e: hi",), prompt_tokens=7)
+        (record,) = records
+        assert (record.outcome, record.prompt_tokens, record.completion_tokens) == ("completed", 7, 0)
+
+    async def test_a_refusal_of_the_worker_is_heard_and_recorded(self) -> None:
+        records: list[RequestRecord] = []
+        async with running(embedder(), observers=[records.append]) as pool:
+            with pytest.raises(ReportedError, match="No"):
+                await embed(pool, "refuse")
+        assert (records[0].outcome, records[0].error_code) == ("failed", "invalid_value")
+
+    async def test_another_worker_is_asked_where_one_dies(self) -> None:
+        launcher = FakeLauncher()
+        async with running(embedder(), launcher=launcher) as pool:
+            assert await embed(pool, "die") == Embeddings(vectors=(b"e: die",), prompt_tokens=7)
+        assert len(launcher.workers) == 2
+
+    async def test_after_some_dead_workers_it_is_given_up(self) -> None:
+        launcher = FakeLauncher()
+        launcher.bad_workers = MAX_TRIES
+        async with running(embedder(), launcher=launcher) as pool:
+            with pytest.raises(WorkerDied):
+                await embed(pool, "die")
+
+    async def test_a_client_that_leaves_gives_its_slot_back(self) -> None:
+        launcher = FakeLauncher()
+        async with running(embedder(max_concurrent_requests=1), launcher=launcher) as pool:
+            hanging = asyncio.create_task(embed(pool, "hang"))
+            await until(lambda: bool(launcher.workers) and launcher.workers[0].busy == 1)
+            waiting = asyncio.create_task(embed(pool))
+            await until(lambda: pool.find("e").waiting == 1)
+            hanging.cancel()
+            assert await waiting == Embeddings(vectors=(b"e: hi",), prompt_tokens=7)
+            await asyncio.gather(hanging, return_exceptions=True)
+            assert pool.find("e").busy == 0
+
+    async def test_its_deadline_ends_it(self) -> None:
+        async with running(embedder()) as pool:
+            await embed(pool)
+            with pytest.raises(DeadlineExceeded):
+                await embed(pool, "hang", Ticket(deadline=time.monotonic() + 0.05))
+            assert pool.find("e").busy == 0
 
 
 class TestAdmission:

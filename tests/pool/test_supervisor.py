@@ -28,13 +28,13 @@ from gallama.pool.launchers import local as local_module
 from gallama.pool.launchers.local import LocalLauncher
 from gallama.pool.supervisor import Backoff, CrashCounter, SupervisionLimits, Supervisor, patience
 from gallama.pool.views import InstanceState
-from gallama.wire import Ready, WorkerStatus, stream_chat
+from gallama.wire import Ready, UnaryReply, UnaryRequest, WorkerStatus, stream_chat
 from gallama.worker.serve import serving
+from tests.pool.fake_workers import until_cancelled
 
 SELDOM = SupervisionLimits(probe_interval_seconds=60, hang_seconds=60)
 OFTEN = SupervisionLimits(probe_interval_seconds=0.1, hang_seconds=1.0)
 Supervise = Callable[..., Supervisor]
-_TURNS_TO_TAKE_UP_A_CONNECTION = 3
 
 
 def scripted(values: dict[str, Any] | None = None, **script: Any) -> ResolvedModel:
@@ -143,9 +143,6 @@ class FakeWorker:
         return await asyncio.shield(self._died)
 
     async def stop(self) -> None:
-        # A server that is closed while it takes a connection up leaves that one's socket open.
-        for _ in range(_TURNS_TO_TAKE_UP_A_CONNECTION):
-            await asyncio.sleep(0)
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
 
@@ -159,6 +156,9 @@ class FakeWorker:
             yield AnswerText(0, "x" * 10_000)
         yield Completed(Usage(prompt_tokens=1, completion_tokens=1))
 
+    async def reply(self, _: UnaryRequest) -> UnaryReply:
+        raise NotImplementedError
+
     def _status(self) -> EngineStatus:
         return self._launcher.status()
 
@@ -169,7 +169,7 @@ class FakeWorker:
     async def _serve(self) -> None:
         async with serving("tcp:127.0.0.1:0", self.secret, self, self._status, self._probe) as address:
             self._address.set_result(address)
-            await asyncio.Event().wait()
+            await until_cancelled()
 
 
 class FakeLauncher:

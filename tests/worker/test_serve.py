@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
+from gallama import wire
 from gallama.conversation import (
     Accepted,
     AnswerText,
@@ -17,14 +19,26 @@ from gallama.conversation import (
     Message,
     Usage,
 )
+from gallama.embedding import Embeddings, EmbedRequest
 from gallama.errors import ContextLengthExceeded, GallamaError, ReportedError
 from gallama.generation import EngineStatus
-from gallama.wire import Hello, TokenCall, WorkerStatus, ask_for_token, ask_status, connect, stream_chat
+from gallama.wire import (
+    Hello,
+    TokenCall,
+    UnaryReply,
+    UnaryRequest,
+    WorkerStatus,
+    ask_for_token,
+    ask_status,
+    connect,
+    stream_chat,
+)
 from gallama.worker import serve
 from gallama.worker.serve import serving
 
 ADDRESS = "tcp:127.0.0.1:0"
 SECRET = "secret"
+VECTOR = Embeddings(vectors=(b"1234",), prompt_tokens=2)
 DONE = Completed(Usage(prompt_tokens=1, completion_tokens=1))
 
 
@@ -65,6 +79,26 @@ class ScriptedRunner:
         finally:
             self.running -= 1
             self.ended.set()
+
+    async def reply(self, request: UnaryRequest) -> UnaryReply:
+        assert isinstance(request, EmbedRequest)
+        self.running += 1
+        try:
+            match request.inputs[0]:
+                case "refuse":
+                    raise ContextLengthExceeded("Too long.")
+                case "break":
+                    raise ZeroDivisionError("private text")
+                case "wait":
+                    await asyncio.Event().wait()
+            return VECTOR
+        finally:
+            self.running -= 1
+            self.ended.set()
+
+
+def embed(address: str, task: str) -> Coroutine[Any, Any, UnaryReply]:
+    return wire.ask(address, SECRET, EmbedRequest(request_id="r-7", model="m", inputs=(task,)))
 
 
 def ask(address: str, task: str) -> AsyncGenerator[ChatEvent, None]:
@@ -232,3 +266,42 @@ async def test_answers_that_wait_for_their_reader_are_counted() -> None:
         await until_slow_readers(address, 1)
         await events.aclose()
         await until_slow_readers(address, 0)
+
+
+async def test_what_is_answered_at_once_is() -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        assert await embed(address, "any") == VECTOR
+
+
+async def test_what_is_refused_at_once_is_so_with_its_own_status() -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        with pytest.raises(ReportedError) as error:
+            await embed(address, "refuse")
+    assert (error.value.report().status, error.value.report().code) == (400, "context_length_exceeded")
+
+
+async def test_what_breaks_at_once_says_nothing_private_and_the_worker_lives_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = ScriptedRunner()
+    with caplog.at_level(logging.ERROR):
+        async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+            with pytest.raises(ReportedError) as error:
+                await embed(address, "break")
+            assert await embed(address, "any") == VECTOR
+    assert error.value.report().code == "internal_error"
+    assert "private" not in error.value.report().message
+
+
+async def test_hanging_up_ends_what_would_be_answered_at_once() -> None:
+    runner = ScriptedRunner()
+    async with serving(ADDRESS, SECRET, runner, runner.status) as address:
+        asking = asyncio.create_task(embed(address, "wait"))
+        async with asyncio.timeout(5):
+            while not runner.running:  # noqa: ASYNC110  no event tells
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            await runner.ended.wait()
+        assert runner.running == 0
