@@ -20,7 +20,7 @@ import httpx
 from gallama.catalog import resolve_model
 from gallama.config import ServerConfig
 from gallama.engines.llama_cpp import bindings
-from gallama.engines.llama_cpp.processor_cores import usable_cores
+from gallama.engines.processor_cores import usable_cores
 
 FOLDER = Path(__file__).parent
 MODEL = "smollm2-135m"

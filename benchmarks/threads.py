@@ -24,7 +24,7 @@ from gallama.catalog import resolve_model
 from gallama.config import ServerConfig
 from gallama.conversation import ChatRequest, Completed, Message
 from gallama.engines import ignore_progress
-from gallama.engines.llama_cpp.processor_cores import usable_cores
+from gallama.engines.processor_cores import usable_cores
 from gallama.generation import SamplingSettings
 from gallama.pool.launchers.local import LocalLauncher, LocalWorker
 from gallama.wire import Ready, stream_chat

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
-import contextlib
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from pathlib import Path
 
 from gallama.config import ModelSpec
 from gallama.engines import ignore_progress
+from gallama.engines.answer_streams import AnswerStreams
 from gallama.engines.llama_cpp import bindings
 from gallama.engines.llama_cpp.context import SequenceCache
 from gallama.engines.llama_cpp.draft_model import load_drafter
@@ -22,18 +21,8 @@ from gallama.engines.llama_cpp.options import (
     model_options,
     read_options,
 )
-from gallama.engines.llama_cpp.scheduler import (
-    DraftChecked,
-    Ended,
-    Job,
-    Scheduler,
-    SchedulerOptions,
-    Started,
-    TokensAdded,
-    Update,
-)
+from gallama.engines.llama_cpp.scheduler import Scheduler, SchedulerOptions
 from gallama.engines.llama_cpp.speculation import Wish
-from gallama.errors import GallamaError, WorkerUnavailable
 from gallama.generation import EngineStatus, GeneratedChunk, GenerationRequest, ReportProgress
 
 # Beside the weights of the model there are a vocabulary to read and a cache to be made.
@@ -77,7 +66,6 @@ class LlamaCppEngine:
         self.context_length = choose_context_length(spec, model.trained_context_length)
         self.chat_template = model.chat_template
         self.vocabulary = model.read_vocabulary(spec.eos_token_list or ())
-        self._names = {token_id: name for name, token_id in self.vocabulary.control_tokens.items()}
         must_share_cells = model.has_window or not model.can_forget_partly
         for_context = context_options(spec, options, self.context_length, must_share_cells=must_share_cells)
         self._context = bindings.NativeContext(model, for_context)
@@ -93,9 +81,7 @@ class LlamaCppEngine:
         )
         if self._drafter is not None:
             opened.callback(self._drafter.close)
-        self._queues: dict[Job, asyncio.Queue[Update]] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_closing = False
+        self._streams = AnswerStreams(self.vocabulary)
         self._scheduler = self._new_scheduler(spec, options, for_context)
         self._scheduler.start(self._warm_up)
 
@@ -122,7 +108,7 @@ class LlamaCppEngine:
         return Scheduler(
             cache,
             scheduler_options,
-            self._hand_over,
+            self._streams.hand_over,
             drafter=self._drafter,
             cores=choose_cores(spec, options),
             set_threads=self._set_threads,
@@ -131,67 +117,21 @@ class LlamaCppEngine:
     def tokenize(self, text: str) -> list[int]:
         return self._model.tokenize(text.encode(), parse_control_tokens=True)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedChunk, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedChunk, None]:
         assert 0 < len(request.prompt_token_ids) < self.context_length, "the caller checks the length"
-        if self._is_closing:
-            raise WorkerUnavailable("The model is being unloaded.")
-        self._loop = asyncio.get_running_loop()
-        job = Job(request)
-        updates = self._queues[job] = asyncio.Queue()
-        text = _TextAssembler(self.vocabulary.tokens, self._visible_names(request))
-        self._scheduler.submit(job)
-        try:
-            while True:
-                update = await updates.get()
-                match update:
-                    case GallamaError():
-                        raise update
-                    case Started():
-                        yield GeneratedChunk(
-                            cached_prompt_tokens=update.cached_prompt_tokens,
-                            prompt_logprobs=update.prompt_logprobs,
-                        )
-                    case TokensAdded():
-                        for chunk in text.chunks(update):
-                            yield chunk
-                    case DraftChecked():
-                        yield GeneratedChunk(
-                            drafted_tokens=update.drafted_tokens,
-                            accepted_draft_tokens=update.accepted_tokens,
-                        )
-                    case Ended():
-                        yield GeneratedChunk(text=text.rest(), end=update.reason)
-                        return
-        finally:
-            self._scheduler.cancel(job)
-            del self._queues[job]
+        return self._streams.read(request, self._scheduler.submit, self._scheduler.cancel)
 
     def status(self) -> EngineStatus:
         return self._scheduler.status()
 
     async def probe(self) -> None:
-        if self._is_closing:
-            raise WorkerUnavailable("The model is being unloaded.")
+        self._streams.refuse_if_closed()
         await asyncio.wrap_future(self._scheduler.probe(self._some_token()))
 
     async def close(self) -> None:
-        self._is_closing = True
+        self._streams.close()
         await asyncio.to_thread(self._scheduler.close)
         self.closing.close()
-
-    def _visible_names(self, request: GenerationRequest) -> dict[int, str]:
-        return {token: self._names[token] for token in request.visible_control_tokens}
-
-    def _hand_over(self, updates: Sequence[tuple[Job, Update]]) -> None:
-        """Called by the scheduler's thread: one wake-up of the event loop for all jobs of a step."""
-        assert self._loop is not None, "a job was submitted from a loop"
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._distribute, updates)
-
-    def _distribute(self, updates: Sequence[tuple[Job, Update]]) -> None:
-        for job, update in updates:
-            if job in self._queues:  # else its reader has left
-                self._queues[job].put_nowait(update)
 
     def _set_threads(self, threads: int) -> None:
         self._context.set_threads(threads, threads)
@@ -223,46 +163,3 @@ def _shelf_tokens(options: LlamaCppOptions, for_context: bindings.ContextOptions
     if for_context.shares_cells:
         return cells
     return min(cells, max(2 * cells // for_context.sequences, cells // 4))
-
-
-class _TextAssembler:
-    """Token ids to text that is never cut inside a character."""
-
-    def __init__(self, tokens: Sequence[bytes], visible_names: dict[int, str]) -> None:
-        self._tokens = tokens
-        self._visible_names = visible_names
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def chunks(self, added: TokensAdded) -> Iterator[GeneratedChunk]:
-        """The added tokens as chunks; a visible control token is one of its own."""
-        text, count = "", 0
-        for token_id in added.token_ids:
-            if token_id in self._visible_names:
-                yield from self._text_chunk(text + self.rest(), count, added)
-                yield self._control_chunk(token_id, added)
-                text, count = "", 0
-            else:
-                text += self._decoder.decode(self._tokens[token_id])
-                count += 1
-        yield from self._text_chunk(text, count, added)
-
-    def rest(self) -> str:
-        """What is left of a character that will not be finished."""
-        return self._decoder.decode(b"", final=True)
-
-    def _text_chunk(self, text: str, count: int, added: TokensAdded) -> Iterator[GeneratedChunk]:
-        if count or text:
-            yield GeneratedChunk(
-                text=text,
-                logprobs=added.logprobs if count else (),
-                sampled_tokens=0 if added.were_forced else count,
-                forced_tokens=count if added.were_forced else 0,
-            )
-
-    def _control_chunk(self, token_id: int, added: TokensAdded) -> GeneratedChunk:
-        return GeneratedChunk(
-            control_token=self._visible_names[token_id],
-            logprobs=added.logprobs,
-            sampled_tokens=int(not added.were_forced),
-            forced_tokens=int(added.were_forced),
-        )

@@ -24,7 +24,6 @@ from gallama.engines.llama_cpp.bindings import (
     supports_gpus,
 )
 from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
-from gallama.engines.llama_cpp.sampling import allowed_tokens
 from gallama.engines.llama_cpp.speculation import (
     NO_DRAFT,
     Draft,
@@ -33,6 +32,7 @@ from gallama.engines.llama_cpp.speculation import (
     Wish,
     errors_end_the_draft,
 )
+from gallama.engines.logits import allowed_tokens
 from gallama.errors import GallamaError, InvalidConfig
 from gallama.generation import State, Vocabulary
 

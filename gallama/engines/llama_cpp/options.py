@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field, ValidationError
 from gallama.config import ModelSpec
 from gallama.config.config_file import default_config_path
 from gallama.engines.llama_cpp import bindings
-from gallama.engines.llama_cpp.processor_cores import Cores, OwnCores, cores_to_share, usable_cores
 from gallama.engines.llama_cpp.scheduler import MOST_DRAFTED_TOKENS, MOST_SCORED_TOKENS
+from gallama.engines.processor_cores import Cores, OwnCores, cores_to_share, usable_cores
 from gallama.errors import InvalidConfig
 
 # Sequences kept in the cache beside those of the busy slots, where all share its cells.

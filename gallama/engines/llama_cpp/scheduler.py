@@ -22,14 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gallama.constraints.mask_batch import MaskBatch
+from gallama.engines.answer_streams import DraftChecked, Ended, Job, Started, TokensAdded, Update
 from gallama.engines.llama_cpp.bindings import Candidates, DecodeFailed, KvCacheFull
 from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
-from gallama.engines.llama_cpp.processor_cores import Cores
-from gallama.engines.llama_cpp.sampling import Sampler, log_probabilities
+from gallama.engines.llama_cpp.sampling import Sampler
 from gallama.engines.llama_cpp.speculation import MODEL_DRAFT, NO_DRAFT, Draft, Drafter, Trust, Wish
-from gallama.engines.llama_cpp.step_cost import StepCost
+from gallama.engines.logits import log_probabilities
+from gallama.engines.processor_cores import Cores
+from gallama.engines.step_cost import StepCost
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
-from gallama.generation import EndReason, EngineStatus, GenerationRequest, State, TokenLogprob
+from gallama.generation import EngineStatus, GenerationRequest, State, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -47,47 +49,6 @@ MOST_SCORED_TOKENS = 32
 
 # A prompt waits for one that is being read if it can then take over this many tokens more than now.
 WORTH_WAITING_TOKENS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The job has a slot, and what it wants to know of its prompt is known."""
-
-    cached_prompt_tokens: int
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TokensAdded:
-    """What was added to the answer: one sampled token, or a run that the grammar forced."""
-
-    token_ids: tuple[int, ...]
-    were_forced: bool
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class DraftChecked:
-    """What became of a draft; comes behind the tokens that were chosen with it."""
-
-    drafted_tokens: int
-    accepted_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    reason: EndReason
-
-
-Update = Started | TokensAdded | DraftChecked | Ended | GallamaError
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request as the scheduler sees it. `cancelled` may be set from any thread."""
-
-    request: GenerationRequest
-    cancelled: bool = False
 
 
 Sink = Callable[[Sequence[tuple[Job, Update]]], None]

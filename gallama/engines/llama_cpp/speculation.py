@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from gallama.engines.llama_cpp.step_cost import StepCost
+from gallama.engines.step_cost import StepCost
 from gallama.errors import GallamaError
 from gallama.generation import State
 

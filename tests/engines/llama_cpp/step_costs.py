@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gallama.engines.llama_cpp.step_cost import StepCost
+from gallama.engines.step_cost import StepCost
 
 
 class LongStepsForNothing(StepCost):

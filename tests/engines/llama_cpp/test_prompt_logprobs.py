@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gallama.engines.llama_cpp.sampling import log_probabilities
-from gallama.engines.llama_cpp.scheduler import MOST_SCORED_TOKENS, Ended, Job, Started
+from gallama.engines.answer_streams import Ended, Job, Started
+from gallama.engines.llama_cpp.scheduler import MOST_SCORED_TOKENS
+from gallama.engines.logits import log_probabilities
 from gallama.generation import Engine, GeneratedChunk, GenerationRequest, SamplingSettings, TokenLogprob
 from tests.engines.llama_cpp.test_scheduler import (
     GREEDY,

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gallama.engines.llama_cpp.bindings import Candidates
-from gallama.engines.llama_cpp.sampling import Sampler, allowed_tokens, log_probabilities
+from gallama.engines.llama_cpp.sampling import Sampler
+from gallama.engines.logits import allowed_tokens, log_probabilities
 from gallama.generation import SamplingSettings
 
 SIZE = 100  # no multiple of 32, as few vocabularies are

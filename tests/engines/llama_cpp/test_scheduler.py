@@ -14,22 +14,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gallama.engines.answer_streams import DraftChecked, Ended, Job, Started, TokensAdded, Update
 from gallama.engines.llama_cpp.context import SequenceCache
-from gallama.engines.llama_cpp.processor_cores import Cores, OwnCores, SharedCores
 from gallama.engines.llama_cpp.scheduler import (
     LEAST_PROMPT_TOKENS,
     WORTH_WAITING_TOKENS,
-    DraftChecked,
-    Ended,
-    Job,
     Scheduler,
     SchedulerOptions,
-    Started,
-    TokensAdded,
-    Update,
     even_shares,
 )
 from gallama.engines.llama_cpp.speculation import Draft, Drafter, Kind, NgramDrafter, Wish
+from gallama.engines.processor_cores import Cores, OwnCores, SharedCores
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
 from gallama.generation import EndReason, GenerationRequest, SamplingSettings, State, StateStatus
 from tests.engines.llama_cpp.memory_kv import MemoryKv

@@ -18,7 +18,7 @@ from gallama.engines.llama_cpp.speculation import (
     Wish,
     cut_to_grammar,
 )
-from gallama.engines.llama_cpp.step_cost import StepCost
+from gallama.engines.step_cost import StepCost
 from gallama.errors import ConstraintFailed
 from gallama.generation import State, Vocabulary
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from gallama.engines.llama_cpp.step_cost import StepCost
+from gallama.engines.step_cost import StepCost
 
 
 def learned(cost_of: dict[int, float]) -> StepCost:

@@ -14,7 +14,7 @@ import pytest
 
 from gallama.config import ModelSpec
 from gallama.engines.llama_cpp.options import choose_cores, read_options
-from gallama.engines.llama_cpp.processor_cores import OwnCores, SharedCores, share, usable_cores
+from gallama.engines.processor_cores import OwnCores, SharedCores, share, usable_cores
 
 needs_locks = pytest.mark.skipif(sys.platform != "linux", reason="workers share cores on Linux only")
 
@@ -24,7 +24,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 WORKER = """
 import sys
 from pathlib import Path
-from gallama.engines.llama_cpp.processor_cores import SharedCores
+from gallama.engines.processor_cores import SharedCores
 
 cores = SharedCores(int(sys.argv[1]), Path(sys.argv[2]))
 for line in sys.stdin:
