@@ -252,6 +252,12 @@ class MissingExtra(GallamaError):
     code = "missing_extra"
 
 
+class SetupFailed(GallamaError):
+    """An environment for an engine could not be built; what there was before is as it was."""
+
+    code = "setup_failed"
+
+
 class ModelLoadFailed(GallamaError):
     """The worker could not load its model."""
 

@@ -11,6 +11,7 @@ from gallama.cli.check_config import check_config
 from gallama.cli.plan import describe_plan
 from gallama.cli.remote import describe_load, describe_ps, describe_stop, describe_unload
 from gallama.cli.serve import serve
+from gallama.cli.setup import describe_setup
 from gallama.errors import GallamaError
 from gallama.logs import log_to_stderr
 
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("stop", describe_stop, "unload a model, or one of its instances"),
         ("plan", describe_plan, "estimate the memory that a model takes, and say whether it fits"),
         ("check-config", _describe_check_config, "say whether the config file is valid"),
+        ("setup", describe_setup, "build the environment of an engine that needs one of its own"),
     ):
         command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         command.add_argument("-v", "--verbose", action="store_true", help="log more")

@@ -19,8 +19,9 @@ import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
+from gallama.bootstrap import command_of
 from gallama.errors import ConstraintTooComplex, GallamaError, WorkerBusy
 
 COMPILE_SECONDS = 5.0
@@ -28,8 +29,6 @@ COMPILE_BYTES = 1 << 30
 RESULT_BYTES = 64 << 20
 START_SECONDS = 60.0
 WAIT_SECONDS = 10.0
-
-_CODE = "import sys; from gallama.constraints.compile_process import serve; serve(int(sys.argv[1]))"
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -111,7 +110,7 @@ class CompileProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, str(theirs.fileno())],
+                command_of(sys.executable, __name__, str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # More threads would only take memory.
@@ -132,7 +131,11 @@ class CompileProcess:
         self._connection = None
 
 
-def serve(descriptor: int) -> None:
+def main() -> NoReturn:
+    serve(int(sys.argv[1]))
+
+
+def serve(descriptor: int) -> NoReturn:
     """What runs in the helper: jobs in, results out, until the other side is gone."""
     connection = Connection(descriptor)
     prepare, limit_seconds, limit_bytes = pickle.loads(connection.recv_bytes())

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import psutil
 
-import gallama
+from gallama.bootstrap import command_of
 from gallama.catalog import ResolvedModel
+from gallama.catalog.environments import find_interpreter
 from gallama.errors import ModelLoadFailed, ReportedError
 from gallama.wire import LoadFailed, Loading, Ready, WorkerOrder, WorkerReport
 
@@ -39,13 +40,15 @@ _LAST_OUTPUT_SECONDS = 0.5
 # The kernel's limit is 108 bytes on Linux and 104 on macOS, the end mark included.
 _MAX_SOCKET_PATH_BYTES = 100
 _SECRETS = frozenset({"GALLAMA_API_KEY", "GALLAMA_API_KEYS", "GALLAMA_ADMIN_KEYS", "GALLAMA_KEYS_FILE"})
+_FOR_OWN_INTERPRETER = frozenset({"PYTHONHOME", "PYTHONPATH"})
 _REPORTS: msgspec.json.Decoder[WorkerReport] = msgspec.json.Decoder(WorkerReport)
 
 
 class LocalLauncher:
-    """Starts `python -m gallama.worker`, with the spec's own interpreter where it names one."""
+    """Starts `gallama.worker` of the gateway's own gallama in the interpreter that has the engine."""
 
     async def launch(self, model: ResolvedModel, placement: Placement | None = None) -> LocalWorker:
+        python = find_interpreter(model.spec, os.environ)
         directory = _make_directory(model.name)
         spec = model.spec if placement is None else placement.applied_to(model.spec)
         order = WorkerOrder(
@@ -56,13 +59,12 @@ class LocalLauncher:
             secret=secrets.token_hex(32),
             log_level=logger.getEffectiveLevel(),
         )
-        python = model.spec.python or sys.executable
         process = _WorkerProcess(model.name)
         try:
             await asyncio.get_running_loop().subprocess_exec(
                 lambda: process,
-                *(python, "-P", "-m", "gallama.worker"),
-                env=_worker_environment(model, {} if placement is None else placement.environment),
+                *command_of(python, "gallama.worker.__main__"),
+                env=_worker_environment(python, {} if placement is None else placement.environment),
                 # For one thing, what it starts can be ended with it. For another, Ctrl-C in a terminal must
                 # not end the workers before the gateway has let their streams end.
                 start_new_session=True,
@@ -267,16 +269,11 @@ def _choose_address(directory: str) -> str:
     return "tcp:127.0.0.1:0"
 
 
-def _worker_environment(model: ResolvedModel, additions: Mapping[str, str]) -> dict[str, str]:
-    """The gateway's environment, without its keys; the worker finds gallama where the gateway found it."""
-    environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-    environment |= additions
-    assert gallama.__file__ is not None
-    folder = Path(gallama.__file__).parent.parent
-    if model.spec.python is not None or folder.name in ("site-packages", "dist-packages"):
-        return environment
-    paths = [str(folder), environment.get("PYTHONPATH", "")]
-    return environment | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+def _worker_environment(python: str, additions: Mapping[str, str]) -> dict[str, str]:
+    """The gateway's environment, without its keys; another interpreter is told nothing of where to find
+    modules, as that holds for the gateway's."""
+    kept_back = _SECRETS if python == sys.executable else _SECRETS | _FOR_OWN_INTERPRETER
+    return {name: value for name, value in os.environ.items() if name not in kept_back} | dict(additions)
 
 
 def _describe_exit(return_code: int | None) -> str:
