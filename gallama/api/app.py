@@ -15,7 +15,19 @@ import uvicorn
 from fastapi import FastAPI
 
 from gallama import event_loop
-from gallama.api import explain, health, management, metrics, models, openai_chat, status_page
+from gallama.api import (
+    explain,
+    health,
+    management,
+    metrics,
+    models,
+    openai_chat,
+    openai_completions,
+    openai_embeddings,
+    rerank,
+    status_page,
+    tokens,
+)
 from gallama.api.auth import KeyCheck, LimitCheck, LoopbackCheck
 from gallama.api.error_answers import answer_errors
 from gallama.api.http_protocol import (
@@ -43,6 +55,10 @@ _LAST_WORDS_SECONDS = 15
 
 SURFACES = (
     openai_chat.router,
+    openai_completions.router,
+    openai_embeddings.router,
+    rerank.router,
+    tokens.router,
     explain.router,
     models.router,
     management.router,

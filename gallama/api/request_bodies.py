@@ -12,11 +12,11 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import ErrorDetails, core_schema
 from starlette.requests import ClientDisconnect, Request
 
 from gallama.api.error_answers import ClientLeft, shown
@@ -30,6 +30,8 @@ MIN_BYTES_PER_SECOND = 16 * 1024
 """How fast a body must come, all in all, after its first `SILENCE_SECONDS`."""
 MAX_BODIES = 16
 """So many bodies of the largest size may be in memory at the same time, or more of smaller ones."""
+MAX_TOKENS = 2**20
+"""In one list of token ids: more than a model's context holds."""
 
 _SMALL_BYTES = 64 * 1024
 _RETRY_SECONDS = 1
@@ -40,6 +42,20 @@ _MIN_INTEGER, _MAX_INTEGER = -(2**63), 2**64 - 1
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound="StrictBody")
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_TOKENS)]
+_STOPPABLE = ("list", "dict")
+
+
+def _stop_at_first_problem(schema: Any) -> None:
+    """Have lists and objects checked only up to what is wrong: a million problems, of which one is told,
+    would take as many kilobytes."""
+    if isinstance(schema, dict):
+        if schema.get("type") in _STOPPABLE:
+            schema["fail_fast"] = True
+        schema = list(schema.values())
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            _stop_at_first_problem(part)
 
 
 class StrictBody(BaseModel):
@@ -47,13 +63,27 @@ class StrictBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=False)
 
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        schema = handler(source)
+        _stop_at_first_problem(schema)
+        return schema
+
     @model_validator(mode="before")
     @classmethod
     def _take_null_as_absent(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {name: value for name, value in values.items() if value is not None or name not in known}
+        unknown = next((name for name in values if name not in known), None)
+        return {
+            name: value
+            for name, value in values.items()
+            # One that is unknown is enough to refuse them all.
+            if (value is not None if name in known else name == unknown)
+        }
 
 
 class BodyRoom:
@@ -98,7 +128,18 @@ async def read_body(request: Request, body_type: type[Body], *, max_bytes: int) 
         InvalidRequest: it is not JSON, or not what `body_type` describes; `param` is the path to the value.
         ClientLeft: the client hung up.
     """
-    return await _read_and_parse(request, lambda raw: parse_body(raw, body_type), max_bytes)
+    return await read_body_of(request, lambda _: body_type, max_bytes=max_bytes)
+
+
+async def read_body_of(
+    request: Request, choose: Callable[[Mapping[str, Any]], type[Body]], *, max_bytes: int
+) -> Body:
+    """As `read_body`, where what else is in the body may depend on what is.
+
+    Raises:
+        GallamaError: as for `read_body`, and from `choose`.
+    """
+    return await _read_and_parse(request, lambda raw: _parse_body_of(raw, choose), max_bytes)
 
 
 async def read_json(request: Request, *, max_bytes: int) -> Any:
@@ -128,11 +169,15 @@ def parse_body(raw: bytes, body_type: type[Body]) -> Body:
     Raises:
         InvalidRequest: as for `read_body`.
     """
+    return _parse_body_of(raw, lambda _: body_type)
+
+
+def _parse_body_of(raw: bytes, choose: Callable[[Mapping[str, Any]], type[Body]]) -> Body:
     values = parse_json(raw)
     if not isinstance(values, dict):
         raise InvalidRequest("The body must be a JSON object.")
     try:
-        return body_type.model_validate(values)
+        return choose(values).model_validate(values)
     except ValidationError as error:
         raise _to_invalid_request(error, values) from None
 

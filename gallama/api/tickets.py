@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from gallama.api.error_answers import shown
 from gallama.api.keys import caller_of
+from gallama.config.model_spec import ModelType
 from gallama.errors import InvalidRequest
 from gallama.pool.pool import WorkerPool
 from gallama.pool.ticket import Ticket
@@ -25,6 +26,20 @@ def ticket_of(request: Request) -> Ticket:
     """
     caller = caller_of(request)
     return Ticket(deadline=_deadline(request), key_name=caller.name, on_end=caller.charge)
+
+
+def model_to_ask(request: Request, name: str, model_type: ModelType | None) -> str:
+    """The model of a type that answers to a name; None: of any type.
+
+    Raises:
+        ModelNotFound: none does.
+        InvalidRequest: the model of the name is of another type.
+        NotAllowed: the caller's key does not open it.
+    """
+    pool: WorkerPool = request.app.state.pool
+    model = pool.identify(name, model_type).name
+    check_may_ask(request, model)
+    return model
 
 
 def check_may_ask(request: Request, model: str) -> None:

@@ -31,7 +31,7 @@ class Loader(Protocol[T_co]):
         ...
 
 
-def _load_by(module: str, needs: str, function: str = "load") -> Loader[T_co]:
+def _load_by(module: str, needs: str) -> Loader[T_co]:
     """A loader that imports its engine when it is called.
 
     Args:
@@ -48,7 +48,7 @@ def _load_by(module: str, needs: str, function: str = "load") -> Loader[T_co]:
             raise MissingExtra(
                 f"The {spec.backend} backend needs {needs}. What is missing is {error.name}."
             ) from error
-        loaded: T_co = getattr(engine, function)(spec, path, report_progress)
+        loaded: T_co = engine.load(spec, path, report_progress)
         return loaded
 
     return load
@@ -68,6 +68,6 @@ ENGINES: dict[str, Loader[Engine]] = {
 EMBEDDERS: dict[str, Loader[Embedder]] = {
     "embedding": _load_by("infinity", _INFINITY),
     "llama_cpp": _load_by("llama_cpp.embedder", _LLAMA_CPP),
-    "scripted": _load_by("scripted", "nothing", "load_embedder"),
+    "scripted": _load_by("scripted_embedder", "nothing"),
 }
 """What makes vectors of texts, or ranks them."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,23 +47,29 @@ _CHAT_TEMPLATE = (
 # Where the script's byte is not allowed, what closes things goes first: an answer then ends soon.
 _PREFERRED_BYTES = b'"}]'
 
+S = TypeVar("S", bound="LoadScript")
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TokenCount = Annotated[int, Field(ge=0)]
 
 
-class Script(BaseModel):
-    """What the engine does. "After" counts the tokens of one answer; None: never."""
+class LoadScript(BaseModel):
+    """How loading goes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds_to_load: Seconds = 0
+    fail_at_load: str | None = None
+    """The reason to fail with."""
+    die_at_load: bool = False
+
+
+class Script(LoadScript):
+    """What the engine does. "After" counts the tokens of one answer; None: never."""
 
     reply: str | None = None
     """None: the last user's text."""
     slots: Annotated[int, Field(ge=1)] | None = None
     """Answers at the same time. None: the spec's `max_concurrent_requests`."""
-    seconds_to_load: Seconds = 0
-    fail_at_load: str | None = None
-    """The reason to fail with."""
-    die_at_load: bool = False
     seconds_before_first_token: Seconds = 0
     seconds_per_token: Seconds = 0
     die_after_tokens: TokenCount | None = None
@@ -82,12 +88,25 @@ def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_p
         InvalidConfig: the arguments are unknown or wrong.
         ModelLoadFailed: the script says so.
     """
+    script = play_loading(Script, spec, report_progress)
+    return ScriptedEngine(
+        script, slots=script.slots or spec.max_concurrent_requests, context_length=spec.max_seq_len or 4096
+    )
+
+
+def play_loading(script_type: type[S], spec: ModelSpec, report_progress: ReportProgress) -> S:
+    """The spec's script, once its loading is played.
+
+    Raises:
+        InvalidConfig: the arguments are unknown or wrong.
+        ModelLoadFailed: the script says so.
+    """
     try:
-        script = Script.model_validate(spec.backend_extra_args)
+        script = script_type.model_validate(spec.backend_extra_args)
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
-        known = ", ".join(sorted(Script.model_fields))
+        known = ", ".join(sorted(script_type.model_fields))
         raise InvalidConfig(f"backend_extra_args.{name}: {problem['msg']}. There are: {known}.") from error
     for percent in range(_HUNDRED):
         report_progress(percent / _HUNDRED)
@@ -96,9 +115,7 @@ def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_p
         os._exit(3)
     if script.fail_at_load is not None:
         raise ModelLoadFailed(script.fail_at_load)
-    return ScriptedEngine(
-        script, slots=script.slots or spec.max_concurrent_requests, context_length=spec.max_seq_len or 4096
-    )
+    return script
 
 
 class ScriptedEngine:
