@@ -48,6 +48,7 @@ Models = Callable[[], Sequence[ServedModel]]
 @router.get("/metrics")
 async def tell_metrics(request: Request) -> Response:
     metrics: Metrics = request.app.state.metrics
+    await request.app.state.status.refresh()
     return Response(metrics.text(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
@@ -158,6 +159,11 @@ class _PoolCollector(Collector):
             for model, instance in _instances(models):
                 gauge.add_metric((model.name, str(instance.number)), figure_of_instance(instance))
             yield gauge
+        for name, text, count_of_instance in _INSTANCE_COUNTERS:
+            counter = CounterMetricFamily(f"gallama_{name}", text, labels=("model", "instance"))
+            for model, instance in _instances(models):
+                counter.add_metric((model.name, str(instance.number)), count_of_instance(instance))
+            yield counter
         yield _state_gauge(models)
 
 
@@ -223,4 +229,11 @@ _INSTANCE_GAUGES: Sequence[tuple[str, str, Callable[[ServedInstance], float]]] =
     ("capacity_requests", "Requests that may be answered at once.", lambda instance: instance.capacity),
     ("load_progress", "The part of the model that is loaded, 0 to 1.", lambda instance: instance.progress),
     ("worker_memory_bytes", "Resident memory of the process.", lambda instance: instance.memory_bytes),
+)
+_INSTANCE_COUNTERS: Sequence[tuple[str, str, Callable[[ServedInstance], float]]] = (
+    (
+        "engine_steps",
+        "Forward passes since the process began.",
+        lambda instance: 0 if instance.status is None else instance.status.steps,
+    ),
 )

@@ -105,9 +105,7 @@ class Status:
 
     async def now(self) -> dict[str, Any]:
         """As JSON."""
-        async with self._reading:
-            if self._clock() - self._read_at >= _MIN_INTERVAL_SECONDS:
-                await self._read()
+        await self.refresh()
         models = [self._model(model) for model in self._pool.models]
         return {
             "version": __version__,
@@ -119,6 +117,12 @@ class Status:
             "models": models,
             "problems": [_problem(problem) for problem in reversed(self._pool.recent_problems)],
         }
+
+    async def refresh(self) -> None:
+        """Ask the workers what they do, unless they were just asked."""
+        async with self._reading:
+            if self._clock() - self._read_at >= _MIN_INTERVAL_SECONDS:
+                await self._read()
 
     async def _read(self) -> None:
         await self._pool.refresh()

@@ -20,10 +20,12 @@ from gallama import __version__
 from gallama.api.metrics import Metrics
 from gallama.pool.ticket import RequestRecord
 from gallama.pool.views import InstanceState, ServedInstance, ServedModel
+from gallama.wire import WorkerStatus
 
 LABELS = ("model", "instance", "outcome", "code", "state", "version", "le")
 RECORD = RequestRecord(
     request_id="r-1",
+    operation="chat",
     model="mistral",
     instance=1,
     key_name="",
@@ -247,6 +249,12 @@ class TestModels:
         assert found["gallama_capacity_requests{model=mistral,instance=1}"] == 4
         assert found["gallama_worker_memory_bytes{model=mistral,instance=1}"] == 2**20
         assert found["gallama_load_progress{model=mistral,instance=2}"] == 0.25
+
+    def test_the_steps_of_an_engine_are_what_its_worker_last_said(self) -> None:
+        status = WorkerStatus(busy_slots=0, waiting=0, cached_tokens=0, steps=42)
+        found = Known(model("mistral", instance(1, status=status), instance(2, "starting"))).samples()
+        assert found["gallama_engine_steps_total{model=mistral,instance=1}"] == 42
+        assert found["gallama_engine_steps_total{model=mistral,instance=2}"] == 0
 
     def test_an_instance_is_in_one_state(self) -> None:
         found = Known(model("mistral", instance(1), instance(2, "restarting"))).samples()
