@@ -17,6 +17,7 @@ def log_request(record: RequestRecord) -> None:
     Where lines are JSON, the figures are also fields of their own: "model", "outcome", "prompt_tokens", ...
     """
     figures = {
+        "operation": record.operation,
         "model": record.model,
         "instance": record.instance,
         "outcome": record.outcome,

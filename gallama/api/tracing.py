@@ -45,7 +45,7 @@ class Tracing:
 
         began = _nanoseconds(record.entered_at)
         span = self._tracer.start_span(
-            f"chat {record.model}",
+            f"{record.operation} {record.model}",
             kind=SpanKind.SERVER,
             attributes=_attributes(record),
             start_time=began,
@@ -150,7 +150,7 @@ def _resource() -> Resource:
 
 def _attributes(record: RequestRecord) -> dict[str, str | int | float]:
     attributes: dict[str, str | int | float] = {
-        "gen_ai.operation.name": "chat",
+        "gen_ai.operation.name": record.operation,
         "gen_ai.provider.name": _SERVICE,
         "gen_ai.request.model": record.model,
         "gen_ai.usage.input_tokens": record.prompt_tokens,

@@ -7,6 +7,7 @@ import time
 from gallama.conversation import (
     AnswerText,
     ChatEvent,
+    ChatRequest,
     Completed,
     Failure,
     Finished,
@@ -15,9 +16,10 @@ from gallama.conversation import (
     ToolCallStarted,
     Usage,
 )
-from gallama.embedding import Embeddings, Relevances
-from gallama.pool.ticket import Outcome, RequestRecord
-from gallama.wire import UnaryReply
+from gallama.embedding import Embeddings, EmbedRequest, Relevances, RerankRequest
+from gallama.pool.ticket import Operation, Outcome, RequestRecord
+from gallama.tokenization import DetokenizeRequest, TokenizeRequest
+from gallama.wire import UnaryReply, UnaryRequest
 
 _NO_USAGE = Usage(prompt_tokens=0, completion_tokens=0)
 
@@ -25,9 +27,10 @@ _NO_USAGE = Usage(prompt_tokens=0, completion_tokens=0)
 class Account:
     """One request. It counts as cancelled until it is known to have ended in another way."""
 
-    def __init__(self, request_id: str, *, model: str, key_name: str) -> None:
+    def __init__(self, request: ChatRequest | UnaryRequest, *, model: str, key_name: str) -> None:
         self.tries = 0
-        self._request_id = request_id
+        self._request_id = request.request_id
+        self._operation = _operation(request)
         self._model = model
         self._key_name = key_name
         self._entered_at = time.time()
@@ -80,6 +83,7 @@ class Account:
         now = time.monotonic()
         return RequestRecord(
             request_id=self._request_id,
+            operation=self._operation,
             model=self._model,
             instance=self._instance,
             key_name=self._key_name,
@@ -97,3 +101,17 @@ class Account:
             accepted_draft_tokens=self._usage.accepted_draft_tokens or 0,
             rejected_draft_tokens=self._usage.rejected_draft_tokens or 0,
         )
+
+
+def _operation(request: ChatRequest | UnaryRequest) -> Operation:
+    match request:
+        case ChatRequest():
+            return "chat" if request.prompt is None else "text_completion"
+        case EmbedRequest():
+            return "embeddings"
+        case RerankRequest():
+            return "rerank"
+        case TokenizeRequest():
+            return "tokenize"
+        case DetokenizeRequest():
+            return "detokenize"

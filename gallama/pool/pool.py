@@ -211,7 +211,7 @@ class WorkerPool:
         ticket = ticket or Ticket()
         queue = self._queue_for(request.model, "llm")
         request = msgspec.structs.replace(request, model=queue.name)
-        account = Account(request.request_id, model=queue.name, key_name=ticket.key_name)
+        account = Account(request, model=queue.name, key_name=ticket.key_name)
         try:
             async with aclosing(_events(queue, request, ticket, account)) as events:
                 async for event in events:
@@ -233,7 +233,7 @@ class WorkerPool:
         ticket = ticket or Ticket()
         queue = self._queue_for(request.model, _type_for(request))
         request = msgspec.structs.replace(request, model=queue.name)
-        account = Account(request.request_id, model=queue.name, key_name=ticket.key_name)
+        account = Account(request, model=queue.name, key_name=ticket.key_name)
         try:
             reply = await _reply(queue, request, ticket, account)
             account.take_reply(reply)

@@ -9,12 +9,16 @@ from typing import Literal
 Outcome = Literal["completed", "failed", "refused", "cancelled"]
 """refused: it never reached a worker; failed: it did, and ended in an error; cancelled: its client left."""
 
+Operation = Literal["chat", "text_completion", "embeddings", "rerank", "tokenize", "detokenize"]
+"""What was asked for; the first three are OpenTelemetry's names."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
     """What became of one request. Without its text, and without its key."""
 
     request_id: str
+    operation: Operation
     model: str
     """The model that answered, or was to answer."""
     instance: int | None

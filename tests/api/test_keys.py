@@ -465,6 +465,7 @@ def request_with(*values: str, caller: Caller = ANYBODY) -> Request:
 def record(**values: Any) -> RequestRecord:
     return RequestRecord(
         request_id="r",
+        operation="chat",
         model="m",
         instance=1,
         key_name="a",

@@ -31,6 +31,7 @@ TRACEPARENT = f"00-{TRACE_ID:032x}-{SPAN_ID:016x}-01"
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
 RECORD = RequestRecord(
     request_id="r-1",
+    operation="chat",
     model="mistral",
     instance=3,
     key_name="alices-key",

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from gallama.conversation import ChatRequest, Message
+from gallama.conversation import ChatRequest, Message, RawPrompt
 
 BYTES_PER_TOKEN = 4
 """What English text takes, with vocabularies of 50,000 to 250,000 tokens; code and JSON take about 3."""
@@ -57,18 +57,28 @@ def prefix_blocks(request: ChatRequest) -> tuple[bytes, ...]:
 
 def estimated_tokens(request: ChatRequest) -> int:
     """About how many tokens a request's prompt has, by its bytes; see `BYTES_PER_TOKEN`. At least 1."""
+    if request.prompt is not None and request.prompt.token_ids:
+        return len(request.prompt.token_ids)
     size = sum(len(words.encode(errors="surrogatepass")) for words, _ in _parts(request))
     return 1 + size // BYTES_PER_TOKEN + _TOKENS_OF_A_MESSAGE * len(request.messages)
 
 
 def _parts(request: ChatRequest) -> Iterator[tuple[str, bool]]:
     """The words of a prompt, in the order in which templates show them, and whether they are an answer."""
+    if request.prompt is not None:
+        yield from ((words, False) for words in _raw_parts(request.prompt))
     if request.tools and request.tool_choice.mode != "none":
         yield msgspec.json.encode(request.tools).decode(), False
     for message in request.messages:
         yield _words(message), message.role == "assistant"
     if request.leading_prompt:
         yield request.leading_prompt, False
+
+
+def _raw_parts(prompt: RawPrompt) -> Iterator[str]:
+    yield " ".join(map(str, prompt.token_ids)) if prompt.token_ids else prompt.text
+    if prompt.suffix is not None:
+        yield prompt.suffix
 
 
 def _words(message: Message) -> str:
