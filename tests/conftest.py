@@ -14,6 +14,7 @@ from gallama.config import ServerConfig
 from gallama.engines import ENGINES
 from gallama.generation import Engine, State, Vocabulary
 
+ROOT = Path(__file__).parents[1]
 BYTE_END = 256
 BYTE_MARKER = 257
 
@@ -24,6 +25,15 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GALLAMA_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(scope="session")
+def embedding_python() -> str:
+    """The Python of the environment that has infinity-emb, and not gallama itself."""
+    python = ROOT / ".gallama-test" / "environments" / "embedding" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("scripts/test builds the environment of the engine that embeds")
+    return str(python)
 
 
 @pytest.fixture(scope="session")

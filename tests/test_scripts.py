@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"])
 NO_AMX = ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
 
-# Makes a virtual environment of itself, and notes what it is to install, and with which options.
+# Makes a virtual environment of itself, and notes what it is to install, and with which options. What it installs
+# as `gallama` notes which environment it is to build, and where.
 PYTHON = """\
 #!/bin/sh
 case "$*" in
@@ -32,8 +33,16 @@ case "$*" in
     "-m pip install"*)
         echo "$* CMAKE_ARGS=${CMAKE_ARGS:-}" >> installed
         if [ -f no-network ]; then exit 1; fi
-        printf '#!/bin/sh\\n' > .venv/bin/gallama && chmod +x .venv/bin/gallama ;;
+        printf '#!/bin/sh\\n%s\\n' "$GALLAMA" > .venv/bin/gallama && chmod +x .venv/bin/gallama ;;
 esac
+"""
+GALLAMA = """\
+if [ "$1" = setup ]; then
+    echo "$* GALLAMA_HOME=$GALLAMA_HOME PIP_CONSTRAINT=$PIP_CONSTRAINT" >> environments
+    if [ -f no-environment ]; then exit 2; fi
+    mkdir -p .gallama-test/environments/embedding/bin
+    printf '' > .gallama-test/environments/embedding/bin/python
+fi
 """
 # A shell without job control lets what it starts in the background ignore Ctrl-C; in a terminal nothing does.
 HEED_CTRL_C = """
@@ -80,11 +89,13 @@ class Copy:
     def setup(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         path = f"{self.folder / 'programs'}{os.pathsep}{os.environ['PATH']}"
         ours = {
-            name: value for name, value in os.environ.items() if name not in ("CC", "CMAKE_ARGS", "PYTHON")
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("CC", "CMAKE_ARGS", "PIP_CONSTRAINT", "PYTHON")
         }
         return subprocess.run(
             [str(self.folder / "scripts" / "setup"), *arguments],
-            env=ours | {"PATH": path} | variables,
+            env=ours | {"PATH": path, "GALLAMA": GALLAMA} | variables,
             capture_output=True,
             text=True,
         )
@@ -92,6 +103,11 @@ class Copy:
     def installed(self) -> list[str]:
         """A line for each installation: pip's arguments and the options of the build."""
         log = self.folder / "installed"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def environments(self) -> list[str]:
+        """A line for each time that an environment was to be built: its name, and two variables."""
+        log = self.folder / "environments"
         return log.read_text().splitlines() if log.exists() else []
 
     def cmake_args(self) -> str:
@@ -103,6 +119,8 @@ class Copy:
 def copy(tmp_path: Path) -> Copy:
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "constraints.txt", tmp_path / "tests")
     (tmp_path / "programs").mkdir()
     copy = Copy(tmp_path)
     copy.put_program("python3", PYTHON)
@@ -174,6 +192,40 @@ class TestSetup:
         copy.put_program("python3", OLD_PYTHON)
         copy.put_program("python3.14", PYTHON)
         assert copy.setup().returncode == 0
+
+
+class TestTheEnvironmentThatEmbeds:
+    def test_comes_with_the_tools_for_development(self, copy: Copy) -> None:
+        copy.setup("dev")
+        assert copy.environments() == [
+            "setup embedding GALLAMA_HOME=.gallama-test PIP_CONSTRAINT= tests/constraints.txt"
+        ]
+
+    def test_keeps_to_the_users_constraints_too(self, copy: Copy) -> None:
+        copy.setup("dev", PIP_CONSTRAINT="mine.txt")
+        assert copy.environments()[0].endswith("PIP_CONSTRAINT=mine.txt tests/constraints.txt")
+
+    def test_does_not_come_with_the_demo(self, copy: Copy) -> None:
+        assert copy.setup("demo").returncode == 0
+        assert copy.environments() == []
+
+    def test_is_not_asked_for_twice(self, copy: Copy) -> None:
+        copy.setup("dev")
+        done = copy.setup("dev")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert len(copy.environments()) == 1
+
+    def test_is_built_again_where_it_has_gone(self, copy: Copy) -> None:
+        copy.setup("dev")
+        shutil.rmtree(copy.folder / ".gallama-test")
+        assert copy.setup("dev").returncode == 0
+        assert len(copy.environments()) == 2
+
+    def test_that_cannot_be_built_is_an_error_and_tried_again(self, copy: Copy) -> None:
+        (copy.folder / "no-environment").touch()
+        assert copy.setup("dev").returncode == 2
+        (copy.folder / "no-environment").unlink()
+        assert copy.setup("dev").returncode == 0
 
 
 APT_GET = """\
