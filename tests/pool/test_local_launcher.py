@@ -12,13 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 from gallama.catalog import ResolvedModel
 from gallama.config import ModelSpec
 from gallama.conversation import AnswerText, ChatRequest, Message
-from gallama.errors import GallamaError, ModelLoadFailed
+from gallama.errors import GallamaError, MissingExtra, ModelLoadFailed
 from gallama.pool.gpus import Placement
 from gallama.pool.launchers.local import LocalLauncher, LocalWorker
 from gallama.wire import ask_status, stream_chat
@@ -112,6 +113,25 @@ async def test_a_worker_that_dies_while_it_loads_is_noticed_with_its_last_words(
 async def test_an_interpreter_that_does_not_exist_is_named() -> None:
     model = scripted_model({}, python="/nowhere/python")
     with pytest.raises(ModelLoadFailed, match="/nowhere/python"):
+        await LocalLauncher().launch(model)
+
+
+async def test_an_interpreter_without_gallama_runs_the_gateways_own(
+    launch: Launch, embedding_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(msgspec.__file__).parent.parent))
+    worker = await launch(values={"python": embedding_python})
+    ready = await worker.ready(ignore_progress)
+    request = ChatRequest(request_id="r", model="echo", messages=(Message(role="user", content="hi"),))
+    events = [event async for event in stream_chat(ready.address, worker.secret, request)]
+    assert "".join(event.text for event in events if isinstance(event, AnswerText)) == "hi"
+    assert b"PYTHONPATH" not in environment_of(worker.process_id)
+
+
+async def test_an_engine_that_is_nowhere_is_an_error_that_names_what_installs_it() -> None:
+    spec = ModelSpec.model_validate({"model_id": "any", "backend": "embedding"})
+    model = ResolvedModel(name="vectors", aliases=(), path=Path("any"), spec=spec)
+    with pytest.raises(MissingExtra, match="`gallama setup embedding`"):
         await LocalLauncher().launch(model)
 
 
