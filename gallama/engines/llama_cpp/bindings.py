@@ -27,6 +27,15 @@ from gallama.generation import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+POOLINGS = {
+    "mean": lib.LLAMA_POOLING_TYPE_MEAN,
+    "cls": lib.LLAMA_POOLING_TYPE_CLS,
+    "last": lib.LLAMA_POOLING_TYPE_LAST,
+    "rank": lib.LLAMA_POOLING_TYPE_RANK,
+}
+"""How the vectors of a text's tokens become one of the text: their mean, that of the first or last token, or
+what a classifier says of it."""
+
 CACHE_TYPES = {"FP16": lib.GGML_TYPE_F16, "Q8": lib.GGML_TYPE_Q8_0, "Q4": lib.GGML_TYPE_Q4_0}
 
 _TOKEN_TEXT_BYTES = 1024
@@ -115,6 +124,17 @@ class ContextOptions:
     offload_kv: bool
     rope_freq_base: float
     rope_freq_scale: float
+    pooling: str | None = None
+    """One of `POOLINGS`: to make a vector of each sequence. None: to make logits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairFrame:
+    """The tokens around a query and a document that are ranked together."""
+
+    start: tuple[int, ...]
+    between: tuple[int, ...]
+    end: tuple[int, ...]
 
 
 class NativeModel:
@@ -152,27 +172,99 @@ class NativeModel:
         self.can_forget_partly = not (
             lib.llama_model_is_recurrent(self._pointer)
             or lib.llama_model_is_hybrid(self._pointer)
-            or self._architecture() in _WITH_COMPRESSED_CACHE
+            or self.architecture in _WITH_COMPRESSED_CACHE
         )
         """Whether the end of a sequence can be dropped: not so where a state sums up all that was read."""
 
         self.has_window: bool = lib.llama_model_n_swa(self._pointer) > 0
         """Whether some layers look back only so far, and a snapshot holds no more of them than that."""
 
-    def _architecture(self) -> str:
-        name = ctypes.create_string_buffer(64)
-        lib.llama_model_meta_val_str(self._pointer, b"general.architecture", name, len(name))
-        return name.value.decode(errors="replace")
+    @property
+    def architecture(self) -> str:
+        return self._metadata("general.architecture")
+
+    @property
+    def dimensions(self) -> int:
+        """Of the vectors that it makes."""
+        return int(lib.llama_model_n_embd_out(self._pointer))
+
+    @property
+    def classes(self) -> int:
+        """What its classifier tells apart, if it has one; 1: it gives a score."""
+        return int(lib.llama_model_n_cls_out(self._pointer))
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it reads a text with one part and writes with another."""
+        return bool(lib.llama_model_has_encoder(self._pointer))
+
+    @property
+    def pooling(self) -> str | None:
+        """One of `POOLINGS`, as the model's file has it; None where it says nothing."""
+        written = self._metadata(f"{self.architecture}.pooling_type")
+        return next((name for name, number in POOLINGS.items() if str(number) == written), None)
+
+    @property
+    def rerank_template(self) -> str | None:
+        """The prompt around {query} and {document}, where the model has one."""
+        template = lib.llama_model_chat_template(self._pointer, b"rerank")
+        return None if template is None else template.decode()
+
+    @property
+    def pair_frame(self) -> PairFrame:
+        """For models without a `rerank_template`: [BOS] query [EOS] [SEP] document [EOS], of those that the
+        vocabulary asks for."""
+        vocab = self._vocab
+        separator = int(lib.llama_vocab_sep(vocab))
+        last = int(lib.llama_vocab_eos(vocab))
+        end = (separator if last < 0 else last,) if lib.llama_vocab_get_add_eos(vocab) else ()
+        return PairFrame(
+            start=(int(lib.llama_vocab_bos(vocab)),) if lib.llama_vocab_get_add_bos(vocab) else (),
+            between=(*end, separator) if lib.llama_vocab_get_add_sep(vocab) else end,
+            end=end,
+        )
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """By name."""
+        marked = [
+            token
+            for token in range(self.vocabulary_size)
+            if lib.llama_vocab_get_attr(self._vocab, token) & lib.LLAMA_TOKEN_ATTR_CONTROL
+        ]
+        names = (text.decode(errors="replace") for text in self.token_texts(marked))
+        return {name: token for name, token in zip(names, marked, strict=True) if name}
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether it can rank. True, too, where its file cannot be looked into."""
+        header = self._header()
+        names = (len(name).to_bytes(8, "little") + name for name in (b"cls.weight", b"cls.output.weight"))
+        return header is None or any(name in header for name in names)
+
+    def _metadata(self, key: str) -> str:
+        """A value of the model's file; "" where it has none."""
+        value = ctypes.create_string_buffer(64)
+        lib.llama_model_meta_val_str(self._pointer, key.encode(), value, len(value))
+        return value.value.decode(errors="replace")
 
     @property
     def pointer(self) -> Any:
         return self._pointer
 
-    def tokenize(self, text: bytes, *, parse_control_tokens: bool) -> list[int]:
-        """Token ids of a text, with nothing added in front."""
+    def tokenize(
+        self, text: bytes, *, parse_control_tokens: bool, add_special_tokens: bool = False
+    ) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_special_tokens: begin and end it as the vocabulary asks for; else nothing is added.
+        """
         room = len(text) + 8
         tokens = (ctypes.c_int32 * room)()
-        count = lib.llama_tokenize(self._vocab, text, len(text), tokens, room, False, parse_control_tokens)
+        count = lib.llama_tokenize(
+            self._vocab, text, len(text), tokens, room, add_special_tokens, parse_control_tokens
+        )
         assert count >= 0, "a text never has more tokens than bytes"
         return list(tokens[:count])
 
@@ -217,7 +309,11 @@ class NativeModel:
         return cached_tables(self._cache_folder / digest, self._build_tables, self._fits)
 
     def _header_digest(self) -> str | None:
-        """The digest of all in the model's file but its tensors: a few megabytes, whatever the model's size.
+        header = self._header()
+        return None if header is None else hashlib.sha256(header).hexdigest()
+
+    def _header(self) -> bytes | None:
+        """All in the model's file but its tensors: a few megabytes, whatever the model's size.
 
         None for a model that is split over several files; it takes long to load anyway.
         """
@@ -226,7 +322,7 @@ class NativeModel:
             if self._is_split() or not 0 < header_bytes <= _LARGEST_HEADER_BYTES:
                 return None
             with self._path.open("rb") as file:
-                return hashlib.sha256(file.read(header_bytes)).hexdigest()
+                return file.read(header_bytes)
         except OSError:
             return None
 
@@ -237,7 +333,7 @@ class NativeModel:
         tokens = range(self.vocabulary_size)
         return VocabularyTables(
             made_by=_versions(),
-            texts=tuple(self._token_texts(tokens)),
+            texts=tuple(self.token_texts(tokens)),
             attributes=tuple(lib.llama_vocab_get_attr(self._vocab, token) for token in tokens),
             end_token_ids=tuple(token for token in tokens if lib.llama_vocab_is_eog(self._vocab, token)),
         )
@@ -250,9 +346,10 @@ class NativeModel:
         if not all(0 <= token < size for token in tables.end_token_ids):
             return False
         looked_at = range(0, size, max(1, size // _COMPARED_TOKENS))
-        return list(self._token_texts(looked_at)) == [tables.texts[token] for token in looked_at]
+        return list(self.token_texts(looked_at)) == [tables.texts[token] for token in looked_at]
 
-    def _token_texts(self, tokens: Sequence[int]) -> Iterator[bytes]:
+    def token_texts(self, tokens: Sequence[int]) -> Iterator[bytes]:
+        """The text of each token; of control tokens the name."""
         buffer = ctypes.create_string_buffer(_TOKEN_TEXT_BYTES)
         for token in tokens:
             length = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
@@ -336,6 +433,9 @@ class NativeContext:
         self._memory = lib.llama_get_memory(self._pointer)
         self.cells: int = lib.llama_n_ctx(self._pointer)
         self.shares_cells = options.shares_cells
+        self.has_cache = self._memory is not None
+        """Else each batch is all that its tokens see."""
+        self.is_causal = bool(lib.llama_get_causal_attn(self._pointer))
         self._batch = _Batch(options.batch_tokens)
         self._row_type = ctypes.c_float * model.vocabulary_size
 
@@ -363,6 +463,16 @@ class NativeContext:
         # A tenth of what np.ctypeslib.as_array takes; this is done for every token.
         values = self._row_type.from_address(ctypes.addressof(row.contents))
         return np.frombuffer(memoryview(values).cast("B"), np.float32)
+
+    def make_vectors(self, *, enabled: bool) -> None:
+        """Whether later batches make vectors of their sequences. For that all of their tokens are computed to
+        the end; else only those whose logits are wanted."""
+        lib.llama_set_embeddings(self._pointer, enabled)
+
+    def vectors(self, sequences: int, width: int) -> NDArray[np.float32]:
+        """What the last batch made of its sequences 0, 1, ..., shape (sequences, width)."""
+        rows = (lib.llama_get_embeddings_seq(self._pointer, sequence) for sequence in range(sequences))
+        return np.array([np.ctypeslib.as_array(row, (width,)) for row in rows], dtype=np.float32)
 
     def forget(self, sequence: int, from_position: int) -> None:
         """Drop a sequence's tokens from a position on."""
@@ -423,6 +533,9 @@ def _context_params(options: ContextOptions) -> Any:
     params.rope_freq_scale = options.rope_freq_scale
     params.kv_unified = options.shares_cells
     params.no_perf = True
+    if options.pooling is not None:
+        params.embeddings = True
+        params.pooling_type = POOLINGS[options.pooling]
     return params
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -19,11 +20,10 @@ IDLE_SEQUENCES = 16
 _CELLS_STEP = 256
 
 
-class LlamaCppOptions(BaseModel, extra="forbid", frozen=True):
-    """The keys of `backend_extra_args`."""
+class NativeOptions(BaseModel, extra="forbid", frozen=True):
+    """The keys of `backend_extra_args` that llama.cpp has for any model."""
 
     n_batch: int = Field(512, ge=32, le=65536)
-    n_ubatch: int = Field(512, ge=32, le=65536)
     n_threads: int | None = Field(None, ge=1, le=1024)
     n_threads_batch: int | None = Field(None, ge=1, le=1024)
     n_gpu_layers: int = Field(-1, ge=-1)
@@ -33,10 +33,26 @@ class LlamaCppOptions(BaseModel, extra="forbid", frozen=True):
     use_mlock: bool = False
     rope_freq_base: float = Field(0.0, ge=0.0)
     rope_freq_scale: float = Field(0.0, ge=0.0)
+
+
+class LlamaCppOptions(NativeOptions, extra="forbid", frozen=True):
+    """The keys for a model that writes."""
+
+    n_ubatch: int = Field(512, ge=32, le=65536)
     jump_forward: bool = True
     kv_unified: bool | None = None
     shelf_tokens: int | None = Field(None, ge=0, le=2**30)
     prompt_step_ms: int = Field(200, ge=1, le=60_000)
+
+
+class EmbedderOptions(NativeOptions, extra="forbid", frozen=True):
+    """The keys for a model that embeds."""
+
+    pooling: Literal["mean", "cls", "last", "rank"] | None = None
+    matryoshka_dimensions: Literal["any"] | tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+
+Options = TypeVar("Options", bound=NativeOptions)
 
 
 def read_options(spec: ModelSpec) -> LlamaCppOptions:
@@ -45,17 +61,26 @@ def read_options(spec: ModelSpec) -> LlamaCppOptions:
     Raises:
         InvalidConfig: an unknown key, or a value that cannot be.
     """
+    options = _read(LlamaCppOptions, spec)
+    _check_slots(spec, options)
+    return options
+
+
+def read_embedder_options(spec: ModelSpec) -> EmbedderOptions:
+    """As `read_options`, of a model that embeds."""
+    return _read(EmbedderOptions, spec)
+
+
+def _read(kind: type[Options], spec: ModelSpec) -> Options:
     try:
-        options = LlamaCppOptions.model_validate(dict(spec.backend_extra_args))
+        return kind.model_validate(dict(spec.backend_extra_args))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        valid = ", ".join(LlamaCppOptions.model_fields)
+        valid = ", ".join(kind.model_fields)
         raise InvalidConfig(
             f"`backend_extra_args.{key}`: {first['msg']}. The llama_cpp backend takes: {valid}."
         ) from error
-    _check_slots(spec, options)
-    return options
 
 
 def _check_slots(spec: ModelSpec, options: LlamaCppOptions) -> None:
@@ -72,7 +97,7 @@ def _check_slots(spec: ModelSpec, options: LlamaCppOptions) -> None:
         )
 
 
-def model_options(spec: ModelSpec, options: LlamaCppOptions) -> bindings.ModelOptions:
+def model_options(spec: ModelSpec, options: NativeOptions) -> bindings.ModelOptions:
     gigabytes = () if isinstance(spec.gpus, str) else spec.gpus
     if (any(gigabytes) or options.n_gpu_layers > 0) and not bindings.supports_gpus():
         raise InvalidConfig(
@@ -136,6 +161,40 @@ def context_options(
     )
 
 
+def embedder_context_options(
+    options: EmbedderOptions,
+    *,
+    batch_tokens: int,
+    cells: int | None = None,
+    sequences: int = 1,
+    outputs: int | None = None,
+    pooling: str = "mean",
+) -> bindings.ContextOptions:
+    """A context that makes vectors.
+
+    Args:
+        cells: as many as `batch_tokens` by default.
+        outputs: tokens of one batch that are computed to the end; all by default.
+    """
+    threads = options.n_threads or usable_cores()
+    return bindings.ContextOptions(
+        cells=_round_up(batch_tokens if cells is None else cells),
+        sequences=sequences,
+        outputs=batch_tokens if outputs is None else outputs,
+        batch_tokens=batch_tokens,
+        # The tokens of a text must not be torn apart.
+        micro_batch_tokens=batch_tokens,
+        threads=threads,
+        batch_threads=options.n_threads_batch or threads,
+        cache_type=bindings.CACHE_TYPES["FP16"],
+        flash_attention=options.flash_attn,
+        offload_kv=options.offload_kqv,
+        rope_freq_base=options.rope_freq_base,
+        rope_freq_scale=options.rope_freq_scale,
+        pooling=pooling,
+    )
+
+
 def _shares_cells(
     spec: ModelSpec, options: LlamaCppOptions, cells: int, context_length: int, *, must_share: bool
 ) -> bool:
@@ -162,7 +221,7 @@ def _shares_cells(
     return False
 
 
-def choose_cores(spec: ModelSpec, options: LlamaCppOptions) -> Cores:
+def choose_cores(spec: ModelSpec, options: NativeOptions) -> Cores:
     """The cores to compute on: as many as the spec says, else what there is, shared with other workers.
 
     A model that is on a GPU as a whole leaves little to compute on cores, so it takes no part in sharing.
