@@ -130,11 +130,15 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
 
 
 class LogprobEntry(Struct, frozen=True):
-    """One token of the answer. `token` is its text, with U+FFFD where bytes are no whole character."""
+    """One token of the answer, or of the prompt that is echoed in front of it.
+
+    `token` is its text, with U+FFFD where bytes are no whole character.
+    """
 
     token: str
     token_bytes: bytes
-    logprob: float
+    logprob: float | None
+    """None: of the first token of a prompt that is echoed, which nothing foretells."""
     top: tuple[tuple[str, bytes, float], ...] = ()
 
 

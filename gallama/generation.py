@@ -84,6 +84,15 @@ class State(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InfillTokens:
+    """What a prompt for a model that fills in is put together with:   prefix TEXT suffix TEXT middle"""
+
+    prefix: int
+    suffix: int
+    middle: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
     """A model's tokens as raw bytes. One per loaded model, never changed."""
 
@@ -99,6 +108,8 @@ class Vocabulary:
     """The one that the model prefers among them."""
     start_token_id: int | None
     """The token that every prompt of this model begins with, if it wants one."""
+    infill: InfillTokens | None = None
+    """None: the model was not made to fill in."""
     encode: Callable[[bytes], list[int]]
     """Tokenize plain text: no token added in front, no control token recognised."""
     fingerprint: str

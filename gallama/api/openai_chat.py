@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import APIRouter
@@ -12,24 +10,20 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gallama.api.client_presence import cancel_all, unless_client_left
+from gallama.api.asking import accepted, comment_on
+from gallama.api.client_presence import unless_client_left
 from gallama.api.openai_chat_reply import ReplyHead, guarantee_header, to_chunks, to_completion
 from gallama.api.openai_chat_request import ChatCompletionBody, to_chat_request
 from gallama.api.request_bodies import read_body
 from gallama.api.request_id import request_id_of
-from gallama.api.server_sent_events import KEEP_ALIVE, EventStream
+from gallama.api.server_sent_events import EventStream
 from gallama.api.tickets import check_may_ask, ticket_of
 from gallama.config import ServerConfig
-from gallama.conversation import ChatEvent, ChatRequest, Failure, Reply, collect_reply
-from gallama.errors import ReportedError
+from gallama.conversation import ChatRequest, Reply, collect_reply
 from gallama.pool.pool import WorkerPool
 from gallama.pool.ticket import Ticket
 
 router = APIRouter()
-
-PATIENCE_SECONDS = 2.0
-"""A stream that is not accepted by then begins, with comments on its place in the line; what goes wrong after
-that is an event of the stream, no status."""
 
 
 @router.post("/v1/chat/completions")
@@ -45,10 +39,10 @@ async def create_chat_completion(http_request: Request) -> Response:
         return_thinking=body.return_thinking,
     )
     if body.stream:
-        asking = await unless_client_left(http_request.receive, _accepted(pool, request, ticket))
+        asking = await unless_client_left(http_request.receive, accepted(pool.chat(request, ticket)))
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         chunks = to_chunks(asking.events(), head, include_usage=include_usage)
-        return EventStream(chunks, source=asking, comment=lambda: _comment_on(ticket))
+        return EventStream(chunks, source=asking, comment=lambda: comment_on([ticket]))
     reply = await unless_client_left(http_request.receive, collect(pool, request, ticket))
     return JSONResponse(to_completion(reply, head), headers=guarantee_header(reply))
 
@@ -71,50 +65,3 @@ async def collect(pool: WorkerPool, request: ChatRequest, ticket: Ticket) -> Rep
     """The whole answer to a request."""
     async with aclosing(pool.chat(request, ticket)) as events:
         return await collect_reply(events)
-
-
-class _Asking:
-    """A request that is under way. Whoever has it closes it."""
-
-    def __init__(self, events: AsyncGenerator[ChatEvent, None]) -> None:
-        self._events = events
-        self._first = asyncio.create_task(anext(events))
-
-    async def until_accepted(self, patience_seconds: float) -> None:
-        """Wait for the first event, but not for ever: until it has come, an error can still be a status.
-
-        Raises:
-            GallamaError: the request was not accepted.
-        """
-        await asyncio.wait({self._first}, timeout=patience_seconds)
-        if self._first.done() and isinstance(first := self._first.result(), Failure):
-            raise ReportedError(first.error)
-
-    async def events(self) -> AsyncGenerator[ChatEvent, None]:
-        yield await self._first
-        async for event in self._events:
-            yield event
-
-    async def aclose(self) -> None:
-        await cancel_all(self._first)
-        await self._events.aclose()
-
-
-async def _accepted(pool: WorkerPool, request: ChatRequest, ticket: Ticket) -> _Asking:
-    """
-    Raises:
-        GallamaError: the request was refused.
-    """
-    asking = _Asking(pool.chat(request, ticket))
-    try:
-        await asking.until_accepted(PATIENCE_SECONDS)
-    except BaseException:
-        await asking.aclose()
-        raise
-    return asking
-
-
-def _comment_on(ticket: Ticket) -> str:
-    """What the client of a silent stream is told."""
-    position = ticket.position
-    return KEEP_ALIVE if position is None else f"queue position {position}"

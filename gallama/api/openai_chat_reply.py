@@ -63,7 +63,7 @@ class ReplyHead:
 def to_completion(reply: Reply, head: ReplyHead) -> dict[str, Any]:
     """The whole answer."""
     choices = [_to_choice(choice, i, head) for i, choice in enumerate(reply.choices)]
-    return head.payload("chat.completion", choices) | {"usage": _to_usage(reply.usage)}
+    return head.payload("chat.completion", choices) | {"usage": to_usage(reply.usage)}
 
 
 def guarantee_header(reply: Reply) -> dict[str, str]:
@@ -101,7 +101,7 @@ async def to_chunks(
                 chunk = head.payload("chat.completion.chunk", [choice])
                 yield chunk | {"usage": None} if include_usage else chunk
             if isinstance(event, Completed) and include_usage:
-                yield head.payload("chat.completion.chunk", []) | {"usage": _to_usage(event.usage)}
+                yield head.payload("chat.completion.chunk", []) | {"usage": to_usage(event.usage)}
 
 
 class _ChunkWriter:
@@ -138,7 +138,7 @@ class _ChunkWriter:
                 yield _chunk_choice(event.choice, {"tool_calls": [piece]})
             case Finished():
                 last = _chunk_choice(event.choice, {}) | {"finish_reason": event.reason}
-                yield last | _to_guarantee(event.guarantee) | _to_explanation(event.spans)
+                yield last | to_guarantee(event.guarantee) | to_explanation(event.spans)
 
     def _reasoning(self, event: ReasoningText) -> Iterator[dict[str, Any]]:
         wanted = self._head.return_thinking
@@ -168,7 +168,7 @@ def _to_choice(choice: ChoiceReply, index: int, head: ReplyHead) -> dict[str, An
         "message": _to_message(choice, head.return_thinking),
         "logprobs": _to_logprobs(choice.logprobs) if head.wants_logprobs else None,
         "finish_reason": choice.finish_reason,
-    } | (_to_guarantee(choice.guarantee) | _to_explanation(choice.spans))
+    } | (to_guarantee(choice.guarantee) | to_explanation(choice.spans))
 
 
 def _to_message(choice: ChoiceReply, return_thinking: ReturnThinking) -> dict[str, Any]:
@@ -196,11 +196,11 @@ def _to_tool_call(call: ToolCall) -> dict[str, Any]:
     }
 
 
-def _to_guarantee(guarantee: Guarantee | None) -> dict[str, Any]:
+def to_guarantee(guarantee: Guarantee | None) -> dict[str, Any]:
     return {} if guarantee is None else {"guarantee": msgspec.to_builtins(guarantee)}
 
 
-def _to_explanation(spans: Sequence[Span] | None) -> dict[str, Any]:
+def to_explanation(spans: Sequence[Span] | None) -> dict[str, Any]:
     return {} if spans is None else {"explanation": {"spans": msgspec.to_builtins(spans)}}
 
 
@@ -215,11 +215,15 @@ def _to_logprobs(entries: Sequence[LogprobEntry]) -> dict[str, Any]:
     }
 
 
-def _to_logprob(token: str, token_bytes: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(token_bytes)}
+def _to_logprob(token: str, token_bytes: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": token, "logprob": to_json_logprob(logprob), "bytes": list(token_bytes)}
 
 
-def _to_usage(usage: Usage) -> dict[str, Any]:
+def to_json_logprob(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, _LEAST_LOGPROB)
+
+
+def to_usage(usage: Usage) -> dict[str, Any]:
     details = {"reasoning_tokens": usage.reasoning_tokens}
     if usage.accepted_draft_tokens is not None and usage.rejected_draft_tokens is not None:
         details["accepted_prediction_tokens"] = usage.accepted_draft_tokens

@@ -21,12 +21,13 @@ from gallama.dialects import Splitter, visible_control_tokens
 from gallama.dialects.dialect import control_token_pattern
 from gallama.errors import NotSupported
 from gallama.generation import Engine, GenerationRequest
+from gallama.interleave import interleaved
 from gallama.tokenization import DetokenizeRequest, TokenizedText, TokenizeRequest
 from gallama.wire import UnaryReply, UnaryRequest
 from gallama.worker.answer_parser import AnswerParser
 from gallama.worker.choice import Choice
-from gallama.worker.interleave import interleaved
 from gallama.worker.preparation import ChatPreparer, PreparedChat
+from gallama.worker.raw_prompts import with_echo
 from gallama.worker.stop_words import StopWords
 from gallama.worker.text_logprobs import TextLogprobs
 from gallama.worker.tokens import detokenize, to_tokenized_text, tokenize
@@ -54,7 +55,8 @@ class ChatRunner:
             yield Completed(usage=Usage(prompt_tokens=len(prepared.prompt_token_ids), completion_tokens=0))
             return
         choices = [self._choice(request, prepared, index) for index in range(request.choices)]
-        async with aclosing(interleaved([choice.events() for choice in choices])) as events:
+        streams = [self._events(request, prepared, choice, i) for i, choice in enumerate(choices)]
+        async with aclosing(interleaved(streams)) as events:
             async for event in events:
                 yield event
         yield Completed(usage=self._usage(prepared, choices))
@@ -92,6 +94,13 @@ class ChatRunner:
             rejected_draft_tokens=rejected if self._guesses_ahead else None,
         )
 
+    def _events(
+        self, request: ChatRequest, prepared: PreparedChat, choice: Choice, index: int
+    ) -> AsyncGenerator[ChatEvent, None]:
+        if prepared.raw is None or request.prompt is None or not request.prompt.echo:
+            return choice.events()
+        return with_echo(choice, index, prepared.raw, self._engine.vocabulary)
+
     def _choice(self, request: ChatRequest, prepared: PreparedChat, index: int) -> Choice:
         sampling = request.sampling.with_defaults(self._sampling_defaults)
         if sampling.seed is not None:
@@ -101,6 +110,9 @@ class ChatRunner:
             max_tokens=prepared.max_tokens,
             sampling=sampling,
             logprobs=request.logprobs,
+            prompt_logprobs=request.prompt is not None
+            and request.prompt.echo
+            and request.logprobs is not None,
             visible_control_tokens=self._visible_tokens(prepared),
         )
         return Choice(
@@ -119,13 +131,13 @@ class ChatRunner:
     def _visible_tokens(self, prepared: PreparedChat) -> frozenset[int]:
         """The control tokens that an `AnswerParser` must see."""
         control_tokens = self._engine.vocabulary.control_tokens
-        names = visible_control_tokens(self._preparer.dialect, control_tokens)
+        names = visible_control_tokens(prepared.dialect, control_tokens)
         if prepared.template is not None:
             names |= set(control_token_pattern(control_tokens).findall(prepared.template.text))
         return frozenset(control_tokens[name] for name in names)
 
     def _parser(self, request: ChatRequest, prepared: PreparedChat, index: int) -> AnswerParser:
-        dialect, control_tokens = self._preparer.dialect, self._engine.vocabulary.control_tokens
+        dialect, control_tokens = prepared.dialect, self._engine.vocabulary.control_tokens
         body = None if prepared.spec is None else prepared.spec.body
         tools = body.tools if isinstance(body, ToolsSpec) else ()
         thinking = None
@@ -148,7 +160,11 @@ class ChatRunner:
             thinking=thinking,
             splitter=splitter,
             stop_words=StopWords(request.stop, keep_word=request.return_stop_word),
-            logprobs=TextLogprobs(self._engine.vocabulary.tokens, hidden_bytes=len(hidden_text.encode())),
+            logprobs=TextLogprobs(
+                self._engine.vocabulary.tokens,
+                hidden_bytes=len(hidden_text.encode()),
+                control_names={token_id: name for name, token_id in control_tokens.items()},
+            ),
             new_call_id=dialect.new_call_id,
             demands_call=isinstance(body, ToolsSpec) and not body.text_allowed,
         )

@@ -26,6 +26,7 @@ from gallama.generation import (
     GenerationRequest,
     SamplingSettings,
     State,
+    TokenLogprob,
 )
 from gallama.worker.answer_parser import AnswerParser
 from gallama.worker.raw_answer import RawAnswer, Run, run_of
@@ -77,9 +78,15 @@ class Choice:
         self._forced_tokens = 0
         self.reasoning_tokens = 0
         self.cached_prompt_tokens = 0
+        self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
+        """Known when the first event is; () where they are not wanted."""
         self.drafted_tokens = 0
         """Tokens that were guessed ahead and checked, in all attempts."""
         self.accepted_draft_tokens = 0
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self._request.prompt_logprobs
 
     @property
     def generated_tokens(self) -> int:
@@ -137,9 +144,10 @@ class Choice:
             self._request,
             prompt_token_ids=[*self._request.prompt_token_ids, *token_ids],
             # The tokenizer may cut what is kept into more tokens than it was made of.
-            max_tokens=max(1, self._request.max_tokens - len(token_ids)),
+            max_tokens=max(min(1, self._request.max_tokens), self._request.max_tokens - len(token_ids)),
             sampling=_sampling_of_attempt(self._request.sampling, self._attempts),
             state=self._start_state(token_ids),
+            prompt_logprobs=self._request.prompt_logprobs and self._attempts == 1,
         )
 
     def _count(self, chunk: GeneratedChunk, attempt: _Attempt) -> None:
@@ -151,6 +159,7 @@ class Choice:
         self.reasoning_tokens += tokens if attempt.parser.is_reasoning else 0
         if self._attempts == 1:
             self.cached_prompt_tokens += chunk.cached_prompt_tokens
+            self.prompt_logprobs = self.prompt_logprobs or chunk.prompt_logprobs
 
     def _bound_by(self, attempt: _Attempt) -> ConstraintKind | None:
         if self._spec is None:

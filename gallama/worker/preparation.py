@@ -28,11 +28,12 @@ from gallama.constraints import (
 )
 from gallama.constraints.forced_close import BudgetedThinking, RepetitionGuard, minimum_tokens
 from gallama.constraints.thinking import ThinkingTemplate, parse_template
-from gallama.conversation import ChatRequest, Explanation
+from gallama.conversation import ChatRequest, Explanation, RawPrompt
 from gallama.dialects import ChatTemplate, Dialect, RenderedPrompt, choose_dialect, render_prompt
 from gallama.dialects.thinking_prompt import with_thinking_instruction
-from gallama.errors import ContextLengthExceeded, InvalidRequest, UnsupportedConstraint
+from gallama.errors import ContextLengthExceeded, InvalidRequest, UnsupportedConstraint, UnsupportedValue
 from gallama.generation import Engine, SamplingSettings, State
+from gallama.worker.raw_prompts import PLAIN, RawTokens, raw_tokens
 from gallama.worker.value_checks import ValueChecks
 
 # The default engine takes two seconds for a hostile grammar, the others up to fifteen. So those have threads
@@ -48,6 +49,10 @@ class PreparedChat:
     """A request that will be generated: everything in it has been checked."""
 
     prompt: RenderedPrompt
+    dialect: Dialect
+    """How its answer is read."""
+    raw: RawTokens | None = None
+    """Of a prompt without a template."""
     prompt_token_ids: Sequence[int]
     max_tokens: int
     """Of the whole answer, thinking included."""
@@ -140,7 +145,7 @@ class ChatPreparer:
             prompt=prepared.prompt.text,
             prompt_tokens=len(prepared.prompt_token_ids),
             max_tokens=prepared.max_tokens,
-            dialect=self.dialect.name,
+            dialect=prepared.dialect.name,
             kind=None if spec is None else spec.kind,
             thinking_tokens=prepared.thinking_tokens,
         )
@@ -174,6 +179,8 @@ class ChatPreparer:
 
     def _admit(self, request: ChatRequest) -> PreparedChat:
         self._refuse_foreign_biases(request.sampling)
+        if request.prompt is not None:
+            return self._admit_raw(request, request.prompt)
         template = None if request.thinking_template is None else parse_template(request.thinking_template)
         if template is not None:
             messages = with_thinking_instruction(request.messages, template.text)
@@ -184,18 +191,38 @@ class ChatPreparer:
         token_ids = self._tokenize(prompt)
         max_tokens = self._answer_room(request, len(token_ids))
         spec = self._answer_spec(body, template, prompt)
-        if request.repetition_guard and template is None and not isinstance(body, SchemaSpec | ToolsSpec):
-            raise InvalidRequest(
-                "`repetition_guard` closes strings that repeat themselves, and nothing in the request makes"
-                " the answer have strings: no tools, no `response_format`, no `thinking_template`.",
-                param="repetition_guard",
-            )
+        if template is None:
+            _check_repetition_guard(request, body)
         return PreparedChat(
             prompt=prompt,
+            dialect=self.dialect,
             prompt_token_ids=token_ids,
             max_tokens=max_tokens,
             thinking_tokens=None if template is None else self._thinking_room(template, max_tokens),
             spec=spec,
+        )
+
+    def _admit_raw(self, request: ChatRequest, prompt: RawPrompt) -> PreparedChat:
+        of_a_chat = (request.messages, request.tools, request.thinking_template, request.leading_prompt)
+        assert not any(of_a_chat), "a prompt stands instead of messages"
+        if prompt.echo and prompt.suffix is not None and request.logprobs is not None:
+            raise UnsupportedValue(
+                "The log probabilities of a prompt with a suffix are not told; leave out `echo`, `logprobs`"
+                " or `suffix`.",
+                param="suffix",
+            )
+        raw = raw_tokens(self._engine, prompt)
+        max_tokens = self._answer_room(request, len(raw.token_ids))
+        body = admit_constraints(request.constraints, request.on_unsupported)
+        _check_repetition_guard(request, body)
+        return PreparedChat(
+            prompt=RenderedPrompt(segments=(raw.text,), offers_tools=False, reasoning="none"),
+            dialect=PLAIN,
+            raw=raw,
+            prompt_token_ids=raw.token_ids,
+            max_tokens=max_tokens,
+            thinking_tokens=None,
+            spec=None if body is None else AnswerSpec(body=body),
         )
 
     def _body(self, request: ChatRequest) -> TextSpec | ToolsSpec | None:
@@ -238,14 +265,15 @@ class ChatPreparer:
     def _answer_room(self, request: ChatRequest, prompt_tokens: int) -> int:
         """How many tokens the answer may have."""
         context_length = self._engine.context_length
-        wanted = request.max_tokens or 1
+        wanted = 1 if request.max_tokens is None else request.max_tokens
+        prompt_param = "messages" if request.prompt is None else "prompt"
         if prompt_tokens + wanted > context_length:
             raise ContextLengthExceeded(
                 f"The prompt has {prompt_tokens} tokens and the answer may have {wanted}; together that is"
                 f" more than the model's context of {context_length}.",
-                param="messages" if prompt_tokens >= context_length else "max_tokens",
+                param=prompt_param if prompt_tokens >= context_length else "max_tokens",
             )
-        return request.max_tokens or context_length - prompt_tokens
+        return context_length - prompt_tokens if request.max_tokens is None else request.max_tokens
 
     def _thinking_room(self, template: ThinkingTemplate, max_tokens: int) -> int:
         """How many tokens a template's block may have, so that there is room for an answer behind it."""
@@ -266,3 +294,17 @@ class ChatPreparer:
                     f"`logit_bias` names token {token_id}; this model has the tokens 0 to {size - 1}.",
                     param="logit_bias",
                 )
+
+
+def _check_repetition_guard(request: ChatRequest, body: TextSpec | ToolsSpec | None) -> None:
+    """For a request without a thinking template.
+
+    Raises:
+        InvalidRequest: it is to guard strings, and there will be none.
+    """
+    if request.repetition_guard and not isinstance(body, SchemaSpec | ToolsSpec):
+        raise InvalidRequest(
+            "`repetition_guard` closes strings that repeat themselves, and nothing in the request makes"
+            " the answer have strings: no tools, no `response_format`, no `thinking_template`.",
+            param="repetition_guard",
+        )

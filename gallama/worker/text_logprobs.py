@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from gallama.conversation import LogprobEntry
 from gallama.generation import TokenLogprob
@@ -11,13 +11,17 @@ from gallama.generation import TokenLogprob
 class TextLogprobs:
     """Holds the entries of tokens whose text has not been sent yet. OpenAI reports them for text only."""
 
-    def __init__(self, tokens: Sequence[bytes], *, hidden_bytes: int) -> None:
+    def __init__(
+        self, tokens: Sequence[bytes], *, hidden_bytes: int, control_names: Mapping[int, str] | None = None
+    ) -> None:
         """
         Args:
             tokens: the text of each token.
             hidden_bytes: how much of the answer's beginning is the family's and no part of the text.
+            control_names: what to call control tokens, which have no text, where they are alternatives.
         """
         self._tokens = tokens
+        self._control_names = control_names or {}
         self._hidden_bytes = hidden_bytes
         self._entries: list[LogprobEntry] = []
         self._bytes_without_entry = 0
@@ -40,7 +44,7 @@ class TextLogprobs:
             thought_bytes -= of_thoughts
             self._hidden_bytes -= hidden
             if of_thoughts + hidden < size:  # a control token's is that of no text
-                self._entries.append(_without_beginning(entry, of_thoughts + hidden))
+                self._entries.append(without_beginning(entry, of_thoughts + hidden))
 
     def take(self, text: str) -> tuple[LogprobEntry, ...]:
         """The entries of the tokens that begin in this text; those of a text held back stay."""
@@ -59,17 +63,16 @@ class TextLogprobs:
         self._bytes_without_entry = 0
 
     def _to_entry(self, logprob: TokenLogprob) -> LogprobEntry:
-        return LogprobEntry(
-            *self._text_of(logprob.token_id),
-            logprob.logprob,
-            tuple((*self._text_of(token_id), value) for token_id, value in logprob.top),
-        )
+        text = self._tokens[logprob.token_id]
+        top = tuple((*self._text_or_name(token_id), value) for token_id, value in logprob.top)
+        return LogprobEntry(text.decode(errors="replace"), text, logprob.logprob, top)
 
-    def _text_of(self, token_id: int) -> tuple[str, bytes]:
-        return self._tokens[token_id].decode(errors="replace"), self._tokens[token_id]
+    def _text_or_name(self, token_id: int) -> tuple[str, bytes]:
+        text = self._tokens[token_id] or self._control_names.get(token_id, "").encode()
+        return text.decode(errors="replace"), text
 
 
-def _without_beginning(entry: LogprobEntry, count: int) -> LogprobEntry:
+def without_beginning(entry: LogprobEntry, count: int) -> LogprobEntry:
     """The entry of a token whose first bytes are no part of the text."""
     if count == 0:
         return entry

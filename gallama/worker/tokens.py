@@ -23,7 +23,7 @@ def tokenize(engine: Engine, text: str, *, add_special_tokens: bool) -> list[int
 
 
 def to_tokenized_text(engine: Engine, token_ids: Sequence[int]) -> TokenizedText:
-    texts = _texts(engine.vocabulary, token_ids)
+    texts = texts_of(engine.vocabulary, token_ids)
     return TokenizedText(
         token_ids=tuple(token_ids),
         token_texts=tuple(text.decode(errors="replace") for text in texts),
@@ -43,9 +43,10 @@ def detokenize(engine: Engine, token_ids: Sequence[int]) -> DetokenizedText:
                 f"`tokens[{position}]` is {token_id}; this model has the tokens 0 to {size - 1}.",
                 param="tokens",
             )
-    return DetokenizedText(text=b"".join(_texts(engine.vocabulary, token_ids)).decode(errors="replace"))
+    return DetokenizedText(text=b"".join(texts_of(engine.vocabulary, token_ids)).decode(errors="replace"))
 
 
-def _texts(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[bytes]:
+def texts_of(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[bytes]:
+    """The text of each token; of control tokens their names."""
     names = {token_id: name.encode() for name, token_id in vocabulary.control_tokens.items()}
     return [names.get(token_id, vocabulary.tokens[token_id]) for token_id in token_ids]

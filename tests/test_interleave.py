@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from gallama.worker.interleave import interleaved
+from gallama.interleave import interleaved
 
 
 class Source:
@@ -100,3 +100,25 @@ async def test_nobody_works_ahead_of_a_slow_reader() -> None:
 
 async def test_no_streams_have_no_items() -> None:
     assert await collect([]) == []
+
+
+async def test_no_more_streams_run_at_once_than_may() -> None:
+    sources = [Source(str(number), 20) for number in range(7)]
+    began, most = set(), 0
+    async with aclosing(interleaved([source.items() for source in sources], at_once=3)) as items:
+        async for name, _ in items:
+            began.add(name)
+            running = sum(bool(source.given) and not source.is_closed for source in sources)
+            most = max(most, running)
+    assert len(began) == 7
+    assert most == 3
+    assert not others()
+
+
+async def test_closing_ends_those_that_wait_for_their_turn() -> None:
+    sources = [Source(str(number), 10**6) for number in range(5)]
+    items = interleaved([source.items() for source in sources], at_once=2)
+    await anext(items)
+    await items.aclose()
+    assert sum(bool(source.given) for source in sources) <= 2
+    assert not others()

@@ -10,8 +10,14 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-async def interleaved(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[Item, None]:
-    """The items of all streams as they come. The first error ends all; closing it closes all."""
+async def interleaved(
+    streams: Sequence[AsyncGenerator[Item, None]], *, at_once: int | None = None
+) -> AsyncGenerator[Item, None]:
+    """The items of all streams as they come. The first error ends all; closing it closes all.
+
+    Args:
+        at_once: how many streams run at the same time; the others wait for their turn. None: all.
+    """
     if len(streams) == 1:
         async with aclosing(streams[0]) as stream:
             async for item in stream:
@@ -19,7 +25,8 @@ async def interleaved(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGen
         return
     # Room for one item: nobody works ahead of a slow reader.
     items: asyncio.Queue[Item | _Ended] = asyncio.Queue(maxsize=1)
-    tasks = [asyncio.create_task(_pump(stream, items)) for stream in streams]
+    turns = asyncio.Semaphore(at_once or len(streams))
+    tasks = [asyncio.create_task(_pump(stream, items, turns)) for stream in streams]
     try:
         running = len(tasks)
         while running:
@@ -41,9 +48,11 @@ class _Ended:
         self.error = error
 
 
-async def _pump(stream: AsyncGenerator[Item, None], items: asyncio.Queue[Item | _Ended]) -> None:
+async def _pump(
+    stream: AsyncGenerator[Item, None], items: asyncio.Queue[Item | _Ended], turns: asyncio.Semaphore
+) -> None:
     try:
-        async with aclosing(stream):
+        async with turns, aclosing(stream):
             async for item in stream:
                 await items.put(item)
     except Exception as error:  # handed over to whoever reads, not lost in a task
