@@ -191,7 +191,7 @@ class TestAdmission:
         launcher = FakeLauncher()
         async with running(model(max_concurrent_requests=1), launcher=launcher) as pool:
             first = asyncio.create_task(answer(pool, "hang"))
-            await until(lambda: pool.find("m").busy == 1)
+            await until(lambda: bool(launcher.workers) and launcher.workers[0].busy == 1)
             others = [asyncio.create_task(answer(pool, str(i))) for i in range(5)]
             await asyncio.sleep(0)
             first.cancel()
