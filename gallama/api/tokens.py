@@ -24,6 +24,9 @@ from gallama.tokenization import DetokenizedText, DetokenizeRequest, TokenizedTe
 
 router = APIRouter()
 
+MAX_CHARACTERS = 2**20
+"""Of a text: ten times as many take a tokenizer half a minute, in which nothing can stop it."""
+
 HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
@@ -39,7 +42,7 @@ class TextBody(StrictBody):
     """A text as it stands."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    prompt: str
+    prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)]
     add_special_tokens: bool = True
     return_token_strs: bool = False
 

@@ -406,6 +406,20 @@ def test_a_client_that_offers_http_2_is_answered(gateway: Any) -> None:
     assert answer.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [1] * 1_000_000}, "messages[0]"),
+        ({"metadata": {str(number): 1 for number in range(200_000)}}, "metadata.0"),
+        ({f"field_{number}": 1 for number in range(200_000)}, "field_0"),
+    ],
+    ids=["messages", "metadata", "unknown fields"],
+)
+def test_a_million_problems_cost_no_more_than_one(gateway: Any, fields: dict[str, Any], param: str) -> None:
+    answer = gateway.post({"model": "echo", "messages": MESSAGES, **fields})
+    assert refused(answer)["param"] == param
+
+
 def test_a_list_of_a_million_numbers_does_not_stop_others(gateway: Any) -> None:
     answer = gateway.post({"model": "echo", "messages": MESSAGES, "prompt": list(range(1_000_000))})
     assert refused(answer)["param"] == "prompt"
