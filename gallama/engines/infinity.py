@@ -340,7 +340,7 @@ class InfinityEmbedder:
         pairs = [Pair("a query", text) for text in texts]
         expected = model.encode_pre([tuple(pair) for pair in pairs] if self._ranks else texts)
         read = self._passes[0].features(self._tokenizer.read(pairs if self._ranks else texts))
-        if expected.keys() != read.keys() or any((expected[key] != read[key]).any() for key in read):
+        if expected.keys() != read.keys() or not all(expected[key].equal(read[key]) for key in read):
             raise ModelLoadFailed(
                 "The model reads texts in a way that the embedding backend does not know: what it makes of"
                 " them would be wrong."
