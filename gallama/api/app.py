@@ -25,6 +25,7 @@ from gallama.api import (
     openai_completions,
     openai_embeddings,
     rerank,
+    simple,
     status_page,
     tokens,
 )
@@ -59,6 +60,7 @@ SURFACES = (
     openai_embeddings.router,
     rerank.router,
     tokens.router,
+    simple.router,
     explain.router,
     models.router,
     management.router,

@@ -114,7 +114,7 @@ def _to_answer(embeddings: Embeddings, model: str, encoding_format: EncodingForm
 
 def to_json(embeddings: Embeddings, model: str, encoding_format: EncodingFormat) -> Iterator[bytes]:
     """The pieces of the answer's JSON."""
-    encode = _to_base64 if encoding_format == "base64" else _to_numbers
+    encode = _to_base64 if encoding_format == "base64" else to_numbers
     between = b'{"object":"list","data":['
     for index, vector in enumerate(embeddings.vectors):
         yield b'%b{"object":"embedding","index":%d,"embedding":%b}' % (between, index, encode(vector))
@@ -131,7 +131,8 @@ def _to_base64(vector: bytes) -> bytes:
     return b'"%b"' % base64.b64encode(vector)
 
 
-def _to_numbers(vector: bytes) -> bytes:
+def to_numbers(vector: bytes) -> bytes:
+    """The JSON list of a vector's components."""
     numbers = array("f", vector)
     if sys.byteorder == "big":
         numbers.byteswap()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -25,9 +26,11 @@ UNREAD_SECONDS = 60.0
 """A client that takes nothing for so long, though it has not hung up, is left: others wait for its place."""
 
 KEEP_ALIVE = "keep-alive"
+# Where a reader of events sees the end of a line.
+_LINE_END = re.compile(r"\r\n|\r|\n")
 _LOOKS = 8
 """How often such a time is looked at while it passes."""
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -35,14 +38,20 @@ def to_event(payload: Mapping[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(payload) + b"\n\n"
 
 
+def to_text_event(text: str) -> bytes:
+    """A text as it is; each of its lines is one of the event, whatever ended it before."""
+    lines = _LINE_END.split(text)
+    return b"".join(b"data: %b\n" % line.encode() for line in lines) + b"\n"
+
+
 class Closable(Protocol):
     async def aclose(self) -> object: ...
 
 
 class EventStream(Response):
-    """Sends chunks as they come, then [DONE].
+    """Sends chunks as they come, then [DONE] or whatever else ends the stream.
 
-    An error among them is sent as one `data: {"error": ...}`; then the connection ends without [DONE] and
+    An error among them is sent as one `data: {"error": ...}`; then the connection ends without that and
     without the end of its body, so that no client takes what it has for a whole answer. When the client
     hangs up, or reads no more, the chunks' generator is closed at once.
     """
@@ -51,13 +60,17 @@ class EventStream(Response):
 
     def __init__(
         self,
-        chunks: AsyncGenerator[Mapping[str, Any], None],
+        chunks: AsyncGenerator[Any, None],
         *,
+        encode: Callable[[Any], bytes] = to_event,
+        last: bytes = DONE,
         source: Closable | None = None,
         comment: Callable[[], str] = lambda: KEEP_ALIVE,
     ) -> None:
         """
         Args:
+            encode: makes an event of a chunk.
+            last: what is sent behind the last chunk.
             source: where the chunks come from; closed with them, also where none was ever taken.
             comment: one line to send when there has been nothing to send for a while.
         """
@@ -65,6 +78,8 @@ class EventStream(Response):
         self.background = None
         self.init_headers(_HEADERS)
         self._chunks = chunks
+        self._encode = encode
+        self._last = last
         self._source = source or chunks
         self._comment = comment
         self._last_sent = time.monotonic()
@@ -93,11 +108,11 @@ class EventStream(Response):
             await self._send(send, _body(_to_comment(comment)))
         try:
             async for chunk in self._chunks:
-                await self._send(send, _body(to_event(chunk)))
+                await self._send(send, _body(self._encode(chunk)))
         except GallamaError as error:
             await self._send(send, _body(to_event(error_body(error.report()))))
             return
-        await self._send(send, _body(_DONE, more=False))
+        await self._send(send, _body(self._last, more=False))
 
     async def _send(self, send: Send, message: Message) -> None:
         self._last_sent = time.monotonic()

@@ -74,6 +74,12 @@ def _describe_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="the address to listen on; default 127.0.0.1")
     parser.add_argument("-p", "--port", help="the port to listen on; default 8000, 0 for a free one")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the config file")
+    parser.add_argument(
+        "--llm-api-config",
+        type=Path,
+        metavar="FILE",
+        help="the config.yaml of LLM-API, whose model is loaded; LLM_API_* variables go over it",
+    )
     parser.add_argument("--strict", action="store_const", const=True, help="404 for a name that no model has")
     parser.add_argument(
         "--api-key",

@@ -20,6 +20,7 @@ from gallama.config import (
     parse_model_argument,
     write_default_config,
 )
+from gallama.config.llm_api import LlmApiConfig, read_llm_api_config
 from gallama.errors import InvalidConfig
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def plan_serving(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Serving:
-    """Decide what to serve: the models named by `-id`, and those of the config file on demand; without
-    `-id`, all that are known on demand.
+    """Decide what to serve: the models named by `-id` and that of `--llm-api-config`, and those of the config
+    file on demand; without any of these, all that are known on demand.
 
     Creates the config file when it would be needed and there is none.
 
@@ -58,18 +59,29 @@ def plan_serving(arguments: argparse.Namespace, environment: Mapping[str, str]) 
         InvalidConfig: a flag, a variable, an `-id` or the config file is wrong, or there is no model.
     """
     named = _models_named(arguments)
+    llm_api = _llm_api_config(arguments, environment)
     file = arguments.config or find_config_file(environment)
-    if file is None and not named:
+    if file is None and not named and llm_api is None:
         file = _create_config_file(environment)
-    config = load_config(file, environment, _server_flags(arguments))
+    of_llm_api = {} if llm_api is None else llm_api.server
+    config = load_config(file, environment, {**of_llm_api, **_server_flags(arguments)})
+    if llm_api is not None:
+        named.insert(0, llm_api.model)
     if named:
         to_load = [resolve_model(values, config) for values in named]
-        check_names(to_load)
-        return Serving(config=config, to_load=to_load, on_demand=_others_in_file(config, to_load))
+        on_demand = [] if llm_api is None else [resolve_model(llm_api.embeddings, config)]
+        check_names([*to_load, *on_demand])
+        others = _others_in_file(config, [*to_load, *on_demand])
+        return Serving(config=config, to_load=to_load, on_demand=[*on_demand, *others])
     return Serving(config=config, to_load=(), on_demand=_all_known(config))
 
 
-def _models_named(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _llm_api_config(arguments: argparse.Namespace, environment: Mapping[str, str]) -> LlmApiConfig | None:
+    path: Path | None = arguments.llm_api_config
+    return None if path is None else read_llm_api_config(path, environment)
+
+
+def _models_named(arguments: argparse.Namespace) -> list[Mapping[str, Any]]:
     by_name = [] if arguments.name is None else [{"model_id": arguments.name}]
     return [*by_name, *(parse_model_argument(text) for text in arguments.models)]
 
