@@ -42,7 +42,15 @@ def import_gallama() -> None:
 
 def main() -> int:
     import_gallama()
-    status: int = importlib.import_module(sys.argv.pop(1)).main()
+    try:
+        module = importlib.import_module(sys.argv.pop(1))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "gallama":
+            raise
+        sys.exit(
+            f"{sys.executable} has no module {error.name!r}, which gallama needs: install gallama there."
+        )
+    status: int = module.main()
     return status
 
 

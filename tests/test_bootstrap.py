@@ -61,3 +61,17 @@ def test_the_gallama_of_the_one_who_starts_it_goes_before_an_installed_one(
     (tmp_path / "installed" / "gallama" / "__init__.py").touch()
     done = run(package, PYTHONPATH=str(tmp_path / "installed"))
     assert done.stdout.splitlines()[0] == str(package / "__init__.py")
+
+
+def test_a_module_that_the_interpreter_lacks_is_named(package: Path) -> None:
+    (package / "report.py").write_text("import left_pad\n")
+    done = run(package)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"{sys.executable} has no module 'left_pad', which gallama needs: install gallama there.\n"
+    )
+
+
+def test_a_module_that_gallama_lacks_is_a_bug(package: Path) -> None:
+    (package / "report.py").write_text("import gallama.left_pad\n")
+    assert "Traceback" in run(package).stderr
