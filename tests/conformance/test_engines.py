@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +46,28 @@ def _llama_cpp(request: pytest.FixtureRequest) -> Engine:
     return engine
 
 
+def _transformers(request: pytest.FixtureRequest) -> Engine:
+    engine: Engine = request.getfixturevalue("tiny_llama")
+    return engine
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Noise from a model with random weights."""
+    pytest.importorskip("transformers")
+    from tests.engines.tiny_llama import save_tiny_llama
+
+    path = save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+    spec = ModelSpec(model_id=str(path), backend="transformers", max_concurrent_requests=SLOTS)
+    engine = ENGINES["transformers"](spec, path)
+    yield engine
+    asyncio.run(engine.close())
+
+
 MAKERS: dict[str, Callable[[pytest.FixtureRequest], Engine]] = {
     "scripted": _scripted,
     "llama_cpp": _llama_cpp,
+    "transformers": _transformers,
 }
 
 
