@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,8 +21,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import CreateEmbeddingResponse
 
-from gallama.api.openai_embeddings import MAX_INPUTS, to_json
+from gallama.api.openai_embeddings import MAX_INPUTS, EmbeddingsBody, to_json
 from gallama.api.request_bodies import MAX_TOKENS
+from gallama.api.rerank import MAX_DOCUMENTS, RerankBody
 from gallama.embedding import Embeddings
 
 MODEL = "intfloat/e5-large-v2"
@@ -367,3 +369,11 @@ class TestWriting:
         for row, as_numbers, as_text in zip(rows, numbers["data"], texts["data"], strict=True):
             assert as_numbers["embedding"] == unpacked(as_text["embedding"])
             assert struct.pack("<24f", *as_numbers["embedding"]) == row
+
+
+def test_the_document_names_the_fields_and_the_limits_that_hold() -> None:
+    document = (Path(__file__).parents[2] / "docs/embeddings_api.md").read_text()
+    fields = {*EmbeddingsBody.model_fields, *RerankBody.model_fields}
+    assert [name for name in sorted(fields) if f"`{name}`" not in document] == []
+    assert f"up to {MAX_INPUTS:,} texts. Token ids" in document
+    assert f"up to {MAX_DOCUMENTS:,} texts, each" in document

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from gallama.api.tokens import MAX_CHARACTERS
+from gallama.api.request_bodies import MAX_TOKENS
+from gallama.api.tokens import HONOURED_VALUES, MAX_CHARACTERS
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -121,3 +123,10 @@ def test_as_much_is_told_as_a_tokenizer_can_read_in_a_moment(gateway: Any) -> No
     assert answer["count"] == len(answer["tokens"]) == MAX_CHARACTERS
     tokens = {"tokens": answer["tokens"]}
     assert told(post(gateway, "/v1/detokenize", tokens)) == {"prompt": "x" * MAX_CHARACTERS}
+
+
+def test_the_document_names_the_limits_that_hold() -> None:
+    document = (Path(__file__).parents[2] / "docs/tokens.md").read_text()
+    assert f"up to {MAX_CHARACTERS:,} characters" in document
+    assert f"Up to {MAX_TOKENS:,} token ids" in document
+    assert [name for name in HONOURED_VALUES if f"`{name}`" not in document] == []
