@@ -68,7 +68,7 @@ def test_the_story_of_the_first_readme(client: OpenAI) -> None:
 
 def test_the_request_of_the_older_readme(gateway_url: str) -> None:
     url = f"{gateway_url}/v1/completions"
-    payload = {
+    payload: dict[str, Any] = {
         "model": "orca_mini_3b",
         "prompt": "Hello, my name is",
         "max_tokens": 30,
@@ -109,7 +109,7 @@ async def test_streamed_text_is_the_whole_one(async_client: AsyncOpenAI) -> None
 
 
 def test_a_prompt_in_token_ids_is_the_same_prompt(gateway_url: str) -> None:
-    fields = {"max_tokens": 8, "temperature": 0, "echo": True}
+    fields: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "echo": True}
     token_ids = tokenized(gateway_url, TEXT)
     as_text = post(gateway_url, prompt=TEXT, **fields)
     as_ids = post(gateway_url, prompt=token_ids, **fields)
@@ -173,7 +173,7 @@ def test_an_echo_of_nothing_else_scores_a_text(gateway_url: str) -> None:
 
 
 def test_the_score_of_a_token_is_the_same_in_the_prompt_and_in_the_answer(gateway_url: str) -> None:
-    fields = {"logprobs": 1, "echo": True, "temperature": 0}
+    fields: dict[str, Any] = {"logprobs": 1, "echo": True, "temperature": 0}
     (made,) = post(gateway_url, prompt=TEXT, max_tokens=4, **fields)["choices"]
     (read,) = post(gateway_url, prompt=made["text"], max_tokens=0, **fields)["choices"]
     assert read["logprobs"]["tokens"] == made["logprobs"]["tokens"]

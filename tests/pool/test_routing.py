@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from gallama.config.server_config import RoutingPolicyName
-from gallama.conversation import ChatRequest, Message, ToolCall, ToolChoice, ToolSpec
+from gallama.conversation import ChatRequest, Message, RawPrompt, ToolCall, ToolChoice, ToolSpec
 from gallama.pool.routing import POLICIES, InstanceLoad, PrefixIndex, estimated_tokens, prefix_blocks
 from gallama.pool.routing.prefixes import BLOCK_BYTES, COMMON_WAYS, MAX_PROMPT_BYTES
 from tests.pool.fake_workers import FakeLauncher, model, running, until
@@ -26,6 +26,10 @@ def load(index: int, *, busy: int = 0, served: int = 0, matched: int = 0) -> Ins
 
 def ask(*messages: Message, **fields: Any) -> ChatRequest:
     return ChatRequest(request_id="r", model="m", messages=messages, **fields)
+
+
+def raw(prompt: RawPrompt) -> ChatRequest:
+    return ChatRequest(request_id="r", model="m", prompt=prompt)
 
 
 def system(words: str) -> Message:
@@ -366,3 +370,34 @@ async def test_the_pool_forgets_what_a_worker_that_died_had_read() -> None:
         await until(lambda: len(launcher.workers) == 3 and pool.find("m").states == ("ready", "ready"))
         await answer_of(pool, "a long story")
     assert [worker.asked for worker in launcher.workers if worker is not first] == [["a long story"], []]
+
+
+# Prompts without messages
+
+
+def test_a_raw_prompt_that_goes_on_has_the_blocks_of_its_beginning() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        beginning = random_text(rng) + random_text(rng)
+        shorter, longer = (raw(RawPrompt(text=text)) for text in (beginning, beginning + random_text(rng)))
+        whole_blocks = len(beginning.encode()) // BLOCK_BYTES
+        assert common_length(prefix_blocks(shorter), prefix_blocks(longer)) >= whole_blocks
+
+
+def test_raw_prompts_that_differ_have_other_blocks() -> None:
+    prompts = [
+        RawPrompt(text="a" * 2000),
+        RawPrompt(text="b" * 2000),
+        RawPrompt(token_ids=(1,) * 1000),
+        RawPrompt(token_ids=(2,) * 1000),
+    ]
+    firsts = [prefix_blocks(raw(prompt))[0] for prompt in prompts]
+    assert len(set(firsts)) == len(prompts)
+    assert prefix_blocks(raw(RawPrompt(text="a", suffix="b"))) != prefix_blocks(raw(RawPrompt(text="a")))
+
+
+def test_the_tokens_of_a_raw_prompt_are_estimated_or_counted() -> None:
+    assert estimated_tokens(raw(RawPrompt(text="a" * 4000))) == 1001
+    assert estimated_tokens(raw(RawPrompt(text="a" * 4000, suffix="b" * 400))) == 1101
+    assert estimated_tokens(raw(RawPrompt(token_ids=(50_000,) * 1000))) == 1000
+    assert estimated_tokens(raw(RawPrompt(token_ids=(50_000,) * 1000, suffix="b" * 400))) == 1100

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 import gallama
 from gallama.engines.llama_cpp.vocabulary_cache import VocabularyTables, cached_tables
 from gallama.errors import InvalidConfig, ModelLoadFailed
-from gallama.generation import Vocabulary
+from gallama.generation import InfillTokens, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -294,6 +294,7 @@ class NativeModel:
             end_token_ids=frozenset(ends),
             end_token_id=self._preferred_end(ends),
             start_token_id=self._start_token(),
+            infill=self._infill_tokens(),
             encode=self._encoder(),
             fingerprint=hashlib.sha256(b"\0".join(texts)).hexdigest(),
         )
@@ -375,6 +376,14 @@ class NativeModel:
         if not lib.llama_vocab_get_add_bos(self._vocab):
             return None
         return int(lib.llama_vocab_bos(self._vocab))
+
+    def _infill_tokens(self) -> InfillTokens | None:
+        fill_in = (lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)
+        tokens = [int(token_of(self._vocab)) for token_of in fill_in]
+        if lib.LLAMA_TOKEN_NULL in tokens:
+            return None
+        prefix, suffix, middle = tokens
+        return InfillTokens(prefix=prefix, suffix=suffix, middle=middle)
 
     def _encoder(self) -> Any:
         """Tokenization of text from the middle of an answer.

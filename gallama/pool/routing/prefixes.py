@@ -58,7 +58,7 @@ def prefix_blocks(request: ChatRequest) -> tuple[bytes, ...]:
 def estimated_tokens(request: ChatRequest) -> int:
     """About how many tokens a request's prompt has, by its bytes; see `BYTES_PER_TOKEN`. At least 1."""
     if request.prompt is not None and request.prompt.token_ids:
-        return len(request.prompt.token_ids)
+        return len(request.prompt.token_ids) + len((request.prompt.suffix or "").encode()) // BYTES_PER_TOKEN
     size = sum(len(words.encode(errors="surrogatepass")) for words, _ in _parts(request))
     return 1 + size // BYTES_PER_TOKEN + _TOKENS_OF_A_MESSAGE * len(request.messages)
 
