@@ -225,26 +225,30 @@ def _install(build: Path, requirements: Sequence[str]) -> None:
     Raises:
         SetupFailed: it could not.
     """
-    command = [
-        str(interpreter_in(build)),
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        *requirements,
-    ]
+    pip = [str(interpreter_in(build)), "-m", "pip", "install", "--disable-pip-version-check"]
     # Its output goes where ours goes, so that in a terminal there are progress bars.
     sys.stdout.flush()
     with subprocess.Popen(
-        command, env=_variables(), stderr=subprocess.PIPE, text=True, errors="replace"
+        [*pip, *requirements], env=_variables(), stderr=subprocess.PIPE, text=True, errors="replace"
     ) as process:
-        assert process.stderr is not None
-        complaints: deque[str] = deque(maxlen=_KEPT_LINES)
-        for line in process.stderr:
-            print(line, end="", file=sys.stderr, flush=True)
-            complaints.append(line.strip())
+        try:
+            complaints = _pass_on(process)
+        except BaseException:
+            # Ctrl-C in a terminal reaches pip, too; a signal to this process alone does not.
+            process.kill()
+            raise
     if process.returncode:
-        raise SetupFailed(explain_pip(list(complaints), build.parent))
+        raise SetupFailed(explain_pip(complaints, build.parent))
+
+
+def _pass_on(process: subprocess.Popen[str]) -> list[str]:
+    """Print what a process writes on its error output, until its end; returns the last lines."""
+    assert process.stderr is not None
+    kept: deque[str] = deque(maxlen=_KEPT_LINES)
+    for line in process.stderr:
+        print(line, end="", file=sys.stderr, flush=True)
+        kept.append(line.strip())
+    return list(kept)
 
 
 def explain_pip(complaints: Sequence[str], folder: Path) -> str:

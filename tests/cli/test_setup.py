@@ -28,7 +28,7 @@ case "$*" in
     "-m pip install"*)
         echo "$* PYTHONPATH=$PYTHONPATH" >> {folder}/installed
         echo "Collecting torch"
-        if [ -f {folder}/ctrl-c ]; then kill -INT $PPID; exec sleep 5; fi
+        if [ -f {folder}/ctrl-c ]; then kill -INT $PPID; exec sleep 60; fi
         if [ -f {folder}/no-pip ]; then echo "ERROR: torch is sold out." >&2; exit 1; fi ;;
     "-P -c import"*)
         if [ -f {folder}/broken ]; then echo "ImportError: libgomp is missing" >&2; exit 1; fi ;;
