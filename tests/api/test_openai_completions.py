@@ -8,12 +8,17 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 import pytest
-from openai.types import Completion
+from openai.types import Completion, completion_create_params
+
+from gallama.api.openai_completion_request import MAX_ANSWERS, CompletionBody
+from gallama.api.openai_completions import PROMPTS_AT_ONCE
+from gallama.api.openai_generation_body import MAX_CHOICES
 
 PROMPT = "Grüß Gott 😀"
 BYTES = list(PROMPT.encode())
@@ -237,6 +242,22 @@ def test_a_request_takes_eight_slots_at_most(start_gateway: Any) -> None:
     gateway.wait_for("wide", busy=0, waiting=0)
 
 
+def test_a_key_pays_for_every_prompt_and_has_one_request_running(start_gateway: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    key = "key-of-the-office"
+    limits = "tokens_per_minute: 6000, max_concurrent_requests: 1, requests_per_minute: 60"
+    keys.write_text(f"- {{name: office, key: {key}, {limits}}}\n")
+    keys.chmod(0o600)
+    gateway = start_gateway({"echo": {}}, wait=False, server={"keys_file": str(keys)})
+    body = {"model": "echo", "prompt": ["a" * 100] * 20, "max_tokens": 100}
+    with gateway.client(headers={"Authorization": f"Bearer {key}"}) as http:
+        assert http.post("/v1/completions", json=body).status_code == 200
+        headers = http.post("/v1/completions", json={"model": "echo", "prompt": "a"}).headers
+    spent = 6000 - int(headers["x-ratelimit-remaining-tokens"])
+    assert 4000 - 600 < spent <= 4000, "some of it has come back since"
+    assert int(headers["x-ratelimit-remaining-requests"]) >= 58
+
+
 # Echo and log probabilities
 
 
@@ -369,10 +390,21 @@ def test_a_stream_that_is_refused_has_a_status(gateway: Any) -> None:
 
 
 def test_every_field_of_openais_is_known() -> None:
-    from openai.types import completion_create_params
-
-    from gallama.api.openai_completion_request import CompletionBody
-
     theirs = set(completion_create_params.CompletionCreateParamsStreaming.__annotations__)
     theirs |= set(completion_create_params.CompletionCreateParamsBase.__annotations__)
     assert theirs - set(CompletionBody.model_fields) == set()
+
+
+# Its document
+
+
+def test_the_document_tells_the_limits_and_fields_that_there_are() -> None:
+    document = (Path(__file__).parents[2] / "docs/completions.md").read_text()
+    assert f"At most {MAX_ANSWERS} answers to one request" in document
+    assert f"{PROMPTS_AT_ONCE} of its prompts are worked on at a time" in document
+    assert f"up to {MAX_CHOICES} answers" in document
+    assert f"`max_tokens` | {CompletionBody.model_fields['max_tokens'].default} unless" in document
+    for name in set(CompletionBody.model_fields) - {"model"}:
+        assert f"`{name}`" in document, name
+    for code in re.findall(r"```python\n(.*?)```", document, re.DOTALL):
+        compile(code, "completions.md", "exec")
