@@ -39,19 +39,18 @@ def save_tiny_llama(folder: Path, **config: Any) -> Path:
     Args:
         config: of `LlamaConfig`, over what it has here.
     """
+    return save_tiny_model(folder, LlamaForCausalLM, LlamaConfig, **config)
+
+
+def save_tiny_model(folder: Path, model_class: Any, config_class: Any, **config: Any) -> Path:
+    """As `save_tiny_llama`, of another family.
+
+    The logits are padded beyond the tokens, and so wide apart that the last bits decide nothing.
+    """
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(tiny_config(len(tokenizer), **config))
-    model.generation_config.eos_token_id = [0, 2]
-    model.save_pretrained(folder)
-    return folder
-
-
-def tiny_config(tokens: int, **config: Any) -> LlamaConfig:
-    """Its logits are padded beyond the tokens, and wide enough apart that the last bits decide nothing."""
     shape = {
-        "vocab_size": tokens + PADDED_BY,
+        "vocab_size": len(tokenizer) + PADDED_BY,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
@@ -63,7 +62,11 @@ def tiny_config(tokens: int, **config: Any) -> LlamaConfig:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    return LlamaConfig(**{**shape, **config})
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**shape, **config}))
+    model.generation_config.eos_token_id = [0, 2]
+    model.save_pretrained(folder)
+    return folder
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

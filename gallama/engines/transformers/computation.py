@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from gallama.engines.transformers.packing import NAME, Piece, can_pack, forward_packed
 from gallama.errors import ModelLoadFailed
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens that go on with a text."""
-
-    cache: DynamicCache
-    """What was computed of the text before; takes in this piece."""
-    token_ids: Sequence[int]
-    rows: int
-    """How many of the last tokens need logits."""
+# What two ways to compute the same may differ by, as a part of the logits' range.
+_TOLERANCE = {torch.float32: 1e-3}
+_COARSE_TOLERANCE = 0.05
 
 
 class CausalModel:
@@ -44,6 +40,7 @@ class CausalModel:
         forget that when several tokens come at once."""
         self.can_fork = set(layers) == {DynamicLayer}
         """Whether a text may begin with a part of what was computed of another."""
+        self._packs = False
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self._model.config)
@@ -54,17 +51,21 @@ class CausalModel:
         Raises:
             ModelLoadFailed: it does not keep what it has computed, or has too few logits.
         """
-        cache = self.new_cache()
+        text = [token_id, 1, 2]
         try:
-            logits = self._forward(Piece(cache, [token_id], rows=1))
+            whole, forgotten = self._alone(text), self._alone(text[-1:])
+            cache = self.new_cache()
+            self._forward(Piece(cache, text[:-1], rows=0))
+            logits = self._forward(Piece(cache, text[-1:], rows=1))
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise ModelLoadFailed(
                 f"The model's code cannot be run with a cache of transformers: {error}"
             ) from error
-        if cache.get_seq_length() != 1:
+        # Rounding moves logits, too; what was forgotten moves them far more.
+        if (logits - whole).norm() > (forgotten - whole).norm() / 2:
             raise ModelLoadFailed(
-                "The model does not keep what it has computed of a text (it has no cache of its own kind in"
-                " transformers), so each token would take as long as all of the text."
+                "The model does not keep what it has computed of a text: its code has no use for a cache of"
+                " transformers, so each token would take as long as all of the text."
             )
         if logits.shape[-1] < self._vocabulary_size:
             raise ModelLoadFailed(
@@ -72,10 +73,46 @@ class CausalModel:
                 f" {logits.shape[-1]}: they do not belong together."
             )
         self.logits_device = logits.device
+        self._packs = self.reads_in_pieces and can_pack(self._model) and self._packs_right(token_id)
+        logger.info("Texts are computed %s.", "side by side" if self._packs else "one after the other")
 
     def compute(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
         """The logits of each piece's last tokens, shape (rows, vocabulary size), float32."""
-        return [self._forward(piece)[:, : self._vocabulary_size].float() for piece in pieces]
+        rows = (
+            forward_packed(self._model, pieces, self._input_device)
+            if self._packs
+            else [self._forward(piece) for piece in pieces]
+        )
+        return [row[:, : self._vocabulary_size].float() for row in rows]
+
+    def _alone(self, text: Sequence[int]) -> torch.Tensor:
+        """The logits behind a text, shape (1, logits of the model)."""
+        return self._forward(Piece(self.new_cache(), text, rows=1))
+
+    def _packs_right(self, token_id: int) -> bool:
+        """Whether texts that are computed side by side come out as they do alone; then it is left so."""
+        texts = [[token_id, 1, 2, 3, 4], [token_id, 5, 6], [token_id]]
+        alone = [self._alone(text) for text in texts]
+        earlier = self._model.config._attn_implementation
+        try:
+            self._model.set_attn_implementation(NAME)
+            together = self._computed_in_two_steps(texts)
+        except Exception as error:  # whatever a model's code makes of it: then it is not computed so
+            logger.debug("Texts cannot be computed side by side: %s", error)
+            together = None
+        if together is not None and all(map(_are_alike, alone, together)):
+            return True
+        self._model.set_attn_implementation(earlier)
+        return False
+
+    def _computed_in_two_steps(self, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The logits behind each text: first all of the last, and all but two tokens of the others."""
+        caches = [self.new_cache() for _ in texts]
+        *others, whole = [Piece(cache, text, rows=1) for cache, text in zip(caches, texts, strict=True)]
+        beginnings = [Piece(piece.cache, piece.token_ids[:-2], rows=0) for piece in others]
+        *_, behind_whole = forward_packed(self._model, [*beginnings, whole], self._input_device)
+        endings = [Piece(piece.cache, piece.token_ids[-2:], rows=1) for piece in others]
+        return [*forward_packed(self._model, endings, self._input_device), behind_whole]
 
     def fork(self, cache: DynamicCache, length: int) -> DynamicCache:
         """A cache of a text's first tokens. It shares their memory; what is added to either is its own."""
@@ -97,3 +134,9 @@ class CausalModel:
         output = self._model(input_ids=token_ids, past_key_values=piece.cache, use_cache=True, **wanted)
         logits: torch.Tensor = output.logits[0]
         return logits[logits.shape[0] - piece.rows :]
+
+
+def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two rows of logits differ by no more than rounding."""
+    reach = _TOLERANCE.get(one.dtype, _COARSE_TOLERANCE) * float(one.max() - one.min())
+    return bool(torch.allclose(one.float(), other.float(), rtol=0, atol=reach))

@@ -26,8 +26,9 @@ from gallama.engines.answer_streams import Ended, Job, Started, TokensAdded, Upd
 from gallama.engines.logits import log_probabilities
 from gallama.engines.processor_cores import Cores
 from gallama.engines.step_cost import StepCost
-from gallama.engines.transformers.computation import CausalModel, Piece
+from gallama.engines.transformers.computation import CausalModel
 from gallama.engines.transformers.kept_texts import ComputedText, KeptTexts, common_prefix
+from gallama.engines.transformers.packing import Piece
 from gallama.engines.transformers.sampling import Sampler
 from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
 from gallama.generation import EngineStatus, GenerationRequest, State, TokenLogprob
