@@ -37,6 +37,7 @@ from gallama.api.request_bodies import StrictBody, read_body
 from gallama.api.request_id import request_id_of
 from gallama.api.server_sent_events import EventStream, to_text_event
 from gallama.api.tickets import model_to_ask, ticket_of
+from gallama.api.tokens import MAX_CHARACTERS
 from gallama.config import ServerConfig
 from gallama.config.model_spec import ModelType
 from gallama.conversation import AnswerText, ChatEvent, ChatRequest, Failure, RawPrompt
@@ -60,7 +61,7 @@ USUAL_MAX_TOKENS = 128
 
 _NO_PLACE = "the answer is a text, which has no place for it; use /v1/completions"
 _ONE_ANSWER = "one answer is made; use /v1/completions for several"
-_WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...], str]] = {
+WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...], str]] = {
     "best_of": ((1,), _ONE_ANSWER),
     "diversity_penalty": ((0, 0.0), ""),
     "early_stopping": ((False,), ""),
@@ -266,8 +267,8 @@ def _check_values(params: GenerateParams, *, streams: bool) -> None:
     Raises:
         UnsupportedValue: a value is not honoured.
     """
-    for name in sorted(params.model_fields_set & _WITHOUT_EFFECT.keys()):
-        honoured, way_out = _WITHOUT_EFFECT[name]
+    for name in sorted(params.model_fields_set & WITHOUT_EFFECT.keys()):
+        honoured, way_out = WITHOUT_EFFECT[name]
         value = getattr(params, name)
         # By type too: 0 is not False.
         if not any(type(value) is type(each) and value == each for each in honoured):
@@ -309,6 +310,12 @@ async def _within_length(
         GallamaError: the prompt's tokens could not be counted.
     """
     assert request.prompt is not None
+    if len(request.prompt.text) > MAX_CHARACTERS:
+        raise InvalidRequest(
+            f"`max_length` counts the prompt's tokens, and the prompt has more than {MAX_CHARACTERS}"
+            " characters. Send `max_new_tokens` instead.",
+            param="params.max_length",
+        )
     counting = TokenizeRequest(request_id=request.request_id, model=request.model, text=request.prompt.text)
     counted = await pool.ask(counting, replace(ticket, on_end=None))
     assert isinstance(counted, TokenizedText), "what counts tokens answers with them"

@@ -140,7 +140,7 @@ Parameters = Annotated[Mapping[str, Any], BeforeValidator(_absent_as_empty)]
 
 
 class _Settings(ConfigModel):
-    models_dir: Annotated[Path, BeforeValidator(lambda text: text)] = Path("models")
+    models_dir: Path = Path("models")
     model_family: Text
     model_name: Text | None = None
     setup_params: Parameters = Field(default={})

@@ -6,6 +6,7 @@ import json
 import random
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +14,8 @@ import pytest
 
 from gallama.api.request_bodies import parse_body
 from gallama.api.server_sent_events import to_text_event
-from gallama.api.simple import USUAL_MAX_TOKENS, GenerateBody, to_chat_request
+from gallama.api.simple import USUAL_MAX_TOKENS, WITHOUT_EFFECT, GenerateBody, GenerateParams, to_chat_request
+from gallama.api.tokens import MAX_CHARACTERS
 from gallama.conversation import ChatRequest
 from gallama.errors import InvalidRequest
 from gallama.generation import SamplingSettings
@@ -188,6 +190,16 @@ def test_a_stream_may_say_that_it_is_one() -> None:
         request_of({"stream": False}, streams=True)
 
 
+def test_the_document_names_every_parameter_that_has_a_meaning() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "simple_api.md").read_text()
+    changes_nothing = {*WITHOUT_EFFECT, "model", "pad_token_id", "stream", "user"}
+    missing = [
+        name for name in GenerateParams.model_fields.keys() - changes_nothing if f"`{name}`" not in document
+    ]
+    assert missing == []
+    assert f"Default: {USUAL_MAX_TOKENS} |" in document
+
+
 def test_any_text_goes_through_an_event_as_it_is() -> None:
     rng = random.Random(0)
     for _ in range(500):
@@ -230,6 +242,13 @@ def test_a_length_that_leaves_nothing_is_refused(simple: Any) -> None:
     answer = post(simple, "/generate", {"prompt": "0123456789", "params": {"max_length": 10}})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "params.max_length")
     assert "10 tokens" in answer.json()["error"]["message"]
+
+
+def test_a_length_does_not_make_us_count_the_tokens_of_a_huge_prompt(simple: Any) -> None:
+    body = {"prompt": "a" * (MAX_CHARACTERS + 1), "params": {"max_length": 10}}
+    answer = post(simple, "/generate", body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "params.max_length")
+    assert "max_new_tokens" in answer.json()["error"]["message"]
 
 
 def test_a_constrained_answer_carries_its_guarantee(simple: Any) -> None:

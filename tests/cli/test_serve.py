@@ -155,3 +155,16 @@ def test_an_api_key_is_never_logged(
     main(["run", "smollm2-135m", "--host", "0.0.0.0", "--api-key", "very-secret", "-v"])
     assert "very-secret" not in caplog.text + "".join(capfd.readouterr())
     assert "no API key" not in caplog.text
+
+
+def test_the_model_of_an_llm_api_config_is_loaded_and_makes_vectors_on_demand(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "{models_dir: ., model_family: llama, setup_params: {filename: model.gguf}, port: 81, host: 0.0.0.0}"
+    )
+    serving = plan(tmp_path, "serve", "--llm-api-config", str(config), "--host", "::1", LLM_API_PORT="82")
+    assert [model.name for model in serving.to_load] == ["model"]
+    assert [model.name for model in serving.on_demand] == ["model-embeddings"]
+    assert (serving.config.host, serving.config.port) == ("::1", 82)
+    assert sorted(tmp_path.iterdir()) == [config, tmp_path / "model.gguf"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +247,13 @@ def test_parameters_may_be_left_empty(tmp_path: Path) -> None:
         tmp_path, "models_dir: models\nmodel_family: llama\nmodel_params:\nsetup_params: {filename: m.gguf}\n"
     )
     assert config.model["backend_extra_args"] == {}
+
+
+def test_the_document_names_every_key_of_the_examples() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "simple_api.md").read_text()
+    names = set(re.findall(r"^ *(\w+):", LLAMA + HUGGINGFACE, re.MULTILINE))
+    of_one_model = {"init_device", "attn_config", "attn_impl"}
+    missing = [
+        name for name in names - of_one_model if f"`{name}" not in document and f"{name}:" not in document
+    ]
+    assert missing == []

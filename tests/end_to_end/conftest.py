@@ -49,15 +49,15 @@ class RunningGateway:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *flags: str, settings: str = "") -> Iterator[RunningGateway]:
+def serving(folder: Path, *flags: str, settings: str | None = "") -> Iterator[RunningGateway]:
     """Serve the embedded model on a free port; at the end no process of it may be left.
 
     Args:
         flags: more flags of `gallama serve`.
-        settings: more of the model's `-id`, as in "max_seq_len=512".
+        settings: more of the model's `-id`, as in "max_seq_len=512"; None: the flags name a model.
     """
-    model = f"model_id={MODEL} {settings}"
-    command = [sys.executable, "-m", "gallama", "serve", "-id", model, "--port", "0", *flags]
+    model = [] if settings is None else ["-id", f"model_id={MODEL} {settings}"]
+    command = [sys.executable, "-m", "gallama", "serve", *model, "--port", "0", *flags]
     log_file = folder / "gateway.log"
     with (
         log_file.open("w") as log,
