@@ -240,6 +240,12 @@ class ConstraintFailed(GallamaError):
     code = "constraint_failed"
 
 
+class EngineFailed(GallamaError):
+    """What a model computes is not what it should be."""
+
+    code = "engine_failed"
+
+
 class InvalidConfig(GallamaError):
     """A flag, an environment variable or a line of the config file is wrong."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gallama.conversation import ChatEvent, ChatRequest
 from gallama.embedding import Embedder, Embeddings, EmbedRequest, Relevances, RerankRequest
-from gallama.errors import InvalidRequest, NotSupported, UnsupportedValue
+from gallama.errors import EngineFailed, InvalidRequest, NotSupported, UnsupportedValue
 from gallama.tokenization import DetokenizedText, DetokenizeRequest, TokenizedText, TokenizeRequest
 from gallama.wire import UnaryReply, UnaryRequest
 
@@ -38,9 +39,10 @@ class EmbedRunner:
                 return await self._embed(request)
             case RerankRequest():
                 ranked = await self._embedder.rerank(request.query, request.documents)
+                _check_finite(ranked.scores)
                 return Relevances(scores=tuple(ranked.scores), prompt_tokens=ranked.tokens)
             case TokenizeRequest():
-                return self._tokenize(request)
+                return await asyncio.to_thread(self._tokenize, request)
             case DetokenizeRequest():
                 texts = self._embedder.token_texts(request.token_ids)
                 return DetokenizedText(text=b"".join(texts).decode(errors="replace"))
@@ -48,6 +50,7 @@ class EmbedRunner:
     async def _embed(self, request: EmbedRequest) -> Embeddings:
         self._check_dimensions(request.dimensions)
         embedded = await self._embedder.embed(request.inputs)
+        _check_finite(embedded.vectors)
         vectors = _cut(embedded.vectors, request.dimensions).astype("<f4", copy=False)
         return Embeddings(vectors=tuple(row.tobytes() for row in vectors), prompt_tokens=embedded.tokens)
 
@@ -78,6 +81,15 @@ class EmbedRunner:
             token_texts=tuple(text.decode(errors="replace") for text in texts),
             context_length=self._embedder.context_length,
         )
+
+
+def _check_finite(numbers: NDArray[np.float32] | Sequence[float]) -> None:
+    """
+    Raises:
+        EngineFailed: what the model has computed is no number; JSON has no other.
+    """
+    if not np.isfinite(numbers).all():
+        raise EngineFailed("The model's computation overflowed. Load it with more precise numbers (dtype).")
 
 
 def _cut(vectors: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:

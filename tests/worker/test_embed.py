@@ -17,7 +17,7 @@ from gallama.embedding import (
     Relevances,
     RerankRequest,
 )
-from gallama.errors import InvalidRequest, NotSupported, UnsupportedValue
+from gallama.errors import EngineFailed, InvalidRequest, NotSupported, UnsupportedValue
 from gallama.generation import EngineStatus
 from gallama.tokenization import DetokenizedText, DetokenizeRequest, TokenizedText, TokenizeRequest
 from gallama.worker.embed import EmbedRunner
@@ -96,6 +96,25 @@ async def test_documents_are_ranked() -> None:
     request = RerankRequest(request_id="r", model="m", query="a", documents=("b", "a"))
     reply = await EmbedRunner(FourDimensions()).reply(request)
     assert reply == Relevances(scores=(0.0, 1.0), prompt_tokens=9)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        EmbedRequest(request_id="r", model="m", inputs=("hi",)),
+        RerankRequest(request_id="r", model="m", query="hi", documents=("a",)),
+    ],
+)
+async def test_what_is_no_number_is_no_answer(request_: EmbedRequest | RerankRequest) -> None:
+    class Overflowing(FourDimensions):
+        async def embed(self, inputs: Sequence[str | Sequence[int]]) -> EmbeddedTexts:
+            return EmbeddedTexts(vectors=np.array([[np.nan, 0, 0, 1]], dtype=np.float32), tokens=1)
+
+        async def rerank(self, query: str, documents: Sequence[str]) -> RankedTexts:
+            return RankedTexts(scores=[float("inf")], tokens=1)
+
+    with pytest.raises(EngineFailed):
+        await EmbedRunner(Overflowing()).reply(request_)
 
 
 async def test_tokens_are_told_and_read() -> None:
