@@ -6,9 +6,9 @@ name.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from gallama.api.openai_generation_body import (
     GenerationBody,
@@ -18,6 +18,7 @@ from gallama.api.openai_generation_body import (
     to_stop_words,
 )
 from gallama.api.request_bodies import TokenIds
+from gallama.api.texts_or_tokens import BY_FORM, one_by_one
 from gallama.conversation import ChatRequest, RawPrompt
 from gallama.errors import InvalidRequest, UnsupportedValue
 
@@ -25,33 +26,16 @@ MAX_ANSWERS = 256
 """To all prompts of a request together."""
 
 Prompts = Field(min_length=1, max_length=MAX_ANSWERS)
-
-
-def _form_of(prompt: Any) -> str | None:
-    """Which of its forms a prompt has, by its first part; None: it has none of them."""
-    if isinstance(prompt, str):
-        return "text"
-    match prompt:
-        case [int(), *_]:
-            return "token ids"
-        case [list(), *_]:
-            return "lists of token ids"
-        case [*_]:
-            return "texts"
-    return None
+TextAsTokens = Annotated[TokenIds, Field(min_length=1)]
 
 
 class CompletionBody(GenerationBody):
     prompt: Annotated[
         Annotated[str, Tag("text")]
         | Annotated[list[str], Prompts, Tag("texts")]
-        | Annotated[TokenIds, Tag("token ids")]
-        | Annotated[list[TokenIds], Prompts, Tag("lists of token ids")],
-        Discriminator(
-            _form_of,
-            custom_error_type="prompt",
-            custom_error_message="must be a string, a list of token ids, or a list of one of these",
-        ),
+        | Annotated[TextAsTokens, Tag("token ids")]
+        | Annotated[list[TextAsTokens], Prompts, Tag("lists of token ids")],
+        BY_FORM,
     ]
     best_of: int | None = None
     echo: bool = False
@@ -70,7 +54,7 @@ def to_chat_requests(body: CompletionBody, *, request_id: str, model: str) -> li
         InvalidRequest: the fields contradict each other.
         UnsupportedValue: a value is not honoured.
     """
-    prompts = _to_prompts(body)
+    prompts = [_to_prompt(body, given) for given in one_by_one(body.prompt)]
     _check_counts(body, len(prompts))
     check_stream_options(body)
     constraints, sampling, stop = to_constraints(body), to_sampling(body), to_stop_words(body)
@@ -95,19 +79,13 @@ def to_chat_requests(body: CompletionBody, *, request_id: str, model: str) -> li
     ]
 
 
-def _to_prompts(body: CompletionBody) -> list[RawPrompt]:
-    several = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    token_ids = [part for part in several if isinstance(part, int)]
-    return [
-        RawPrompt(
-            text=part if isinstance(part, str) else "",
-            token_ids=tuple(part) if isinstance(part, list) else (),
-            suffix=body.suffix,
-            echo=body.echo,
-        )
-        for part in ([token_ids] if token_ids else several)
-        if not isinstance(part, int)
-    ]
+def _to_prompt(body: CompletionBody, given: str | tuple[int, ...]) -> RawPrompt:
+    return RawPrompt(
+        text=given if isinstance(given, str) else "",
+        token_ids=() if isinstance(given, str) else given,
+        suffix=body.suffix,
+        echo=body.echo,
+    )
 
 
 def _check_counts(body: CompletionBody, prompts: int) -> None:

@@ -6,18 +6,19 @@ import base64
 import sys
 from array import array
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gallama.api.client_presence import unless_client_left
 from gallama.api.request_bodies import StrictBody, TokenIds, read_body
 from gallama.api.request_id import request_id_of
+from gallama.api.texts_or_tokens import BY_FORM, one_by_one
 from gallama.api.tickets import model_to_ask, ticket_of
 from gallama.config import ServerConfig
 from gallama.embedding import Embeddings, EmbedRequest
@@ -34,20 +35,6 @@ Text = Annotated[str, Field(min_length=1)]
 TextAsTokens = Annotated[TokenIds, Field(min_length=1)]
 
 
-def _kind_of_input(value: Any) -> str | None:
-    """Which of its forms an input has, by its first part; None: it has none of them."""
-    if isinstance(value, str):
-        return "text"
-    if not isinstance(value, list):
-        return None
-    match value:
-        case [int(), *_]:
-            return "token ids"
-        case [list(), *_]:
-            return "lists of token ids"
-    return "texts"
-
-
 class EmbeddingsBody(StrictBody):
     input: Annotated[
         Annotated[Text, Tag("text")]
@@ -58,11 +45,7 @@ class EmbeddingsBody(StrictBody):
             Field(min_length=1, max_length=MAX_INPUTS),
             Tag("lists of token ids"),
         ],
-        Discriminator(
-            _kind_of_input,
-            custom_error_type="input",
-            custom_error_message="must be a string, a list of token ids, or a list of one of these",
-        ),
+        BY_FORM,
     ]
     model: Annotated[str, Field(min_length=1, max_length=512)]
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -80,27 +63,12 @@ async def create_embeddings(http_request: Request) -> Response:
     request = EmbedRequest(
         request_id=request_id_of(http_request),
         model=model_to_ask(http_request, body.model, "embedding"),
-        inputs=_to_inputs(body.input),
+        inputs=one_by_one(body.input),
         dimensions=body.dimensions,
     )
     embeddings = await unless_client_left(http_request.receive, pool.ask(request, ticket))
     assert isinstance(embeddings, Embeddings), "what embeds answers with vectors"
     return _to_answer(embeddings, request.model, body.encoding_format)
-
-
-def _to_inputs(
-    given: str | list[str] | list[int] | list[list[int]],
-) -> tuple[str | tuple[int, ...], ...]:
-    """One for each vector that is asked for."""
-    if isinstance(given, str):
-        return (given,)
-    texts = [part for part in given if isinstance(part, str)]
-    if texts:
-        return tuple(texts)
-    token_ids = [part for part in given if isinstance(part, int)]
-    if token_ids:
-        return (tuple(token_ids),)
-    return tuple(tuple(part) for part in given if isinstance(part, list))
 
 
 def _to_answer(embeddings: Embeddings, model: str, encoding_format: EncodingFormat) -> Response:
