@@ -153,8 +153,9 @@ def test_an_answer_of_no_tokens_ends_at_once(board: Board) -> None:
     assert board.updates(job) == [Started(0), Ended("length")]
 
 
-def test_no_step_computes_more_rows_than_there_is_room_for() -> None:
-    board = Board(batch_tokens=64)
+@pytest.mark.parametrize("shares_cells", [True, False])
+def test_no_step_computes_more_rows_than_there_is_room_for(shares_cells: bool) -> None:
+    board = Board(batch_tokens=64, shares_cells=shares_cells)
     wanted: list[int] = []
     decode = board.kv.decode
 
