@@ -100,6 +100,8 @@ class ScriptedEmbedder:
             self.tokenize(text, add_special_tokens=True) if isinstance(text, str) else text for text in inputs
         ]
         for token_ids in texts:
+            if not token_ids:
+                raise InvalidRequest("A text has no tokens; send one that has some.", param="input")
             _check_tokens(token_ids, param="input")
             self._check_length(len(token_ids), param="input")
         await self._compute(len(texts))

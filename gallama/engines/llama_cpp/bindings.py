@@ -46,8 +46,14 @@ _AUTOMATIC = -1
 _NO_TEXT = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_UNUSED
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 _GGML_LOG_CONTINUED = 5
-# Said each time the cache is full, which is answered by making room; see `KvCacheFull`.
-_EXPECTED = ("failed to find", "failed to restore kv cache", "error loading state")
+# Said each time the cache is full, which is answered by making room (see `KvCacheFull`), and of a pooling
+# that was chosen where the model's file has none.
+_EXPECTED = (
+    "failed to find",
+    "failed to restore kv cache",
+    "error loading state",
+    "model default pooling_type",
+)
 
 
 # Architectures whose cache refuses to drop or to copy a part of a sequence, though they have no state.

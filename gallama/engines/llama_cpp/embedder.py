@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from gallama.engines.llama_cpp.options import (
 from gallama.engines.llama_cpp.text_batches import TextBatches
 from gallama.engines.llama_cpp.text_vectors import TextVectors
 from gallama.errors import (
-    GallamaError,
+    EngineFailed,
     InvalidConfig,
     InvalidRequest,
     TextTooLong,
@@ -110,32 +112,34 @@ class LlamaCppEmbedder:
             set_threads=lambda threads: context.set_threads(threads, threads),
         )
         self._is_closing = False
+        self._reading = threading.Lock()
+        """Held by threads that ask the model about tokens: it must not be closed meanwhile."""
         self._batches.start()
         opened.callback(self._batches.close)
         # Touches all weights, so that the first request does not wait for the disk.
         self._batches.submit([[_SOME_TOKEN]]).result()
 
     def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._model.tokenize(
-            text.encode(), parse_control_tokens=True, add_special_tokens=add_special_tokens
-        )
+        with self._open_model() as model:
+            return model.tokenize(
+                text.encode(), parse_control_tokens=True, add_special_tokens=add_special_tokens
+            )
 
     def token_texts(self, token_ids: Sequence[int]) -> list[bytes]:
         self._check_token_ids(token_ids, "tokens")
-        return list(self._model.token_texts(token_ids))
+        with self._open_model() as model:
+            return list(model.token_texts(token_ids))
 
     async def embed(self, inputs: Sequence[str | Sequence[int]]) -> EmbeddedTexts:
         if self._pair_tokens is not None:
-            raise UnsupportedValue(
-                "This model ranks documents and makes no vectors; send them to /v1/rerank."
-            )
+            raise UnsupportedValue("The model only ranks: ask it at /v1/rerank.", param="model")
         texts = await asyncio.to_thread(self._read_inputs, inputs)
         rows = await self._compute(texts)
         return EmbeddedTexts(vectors=_unit_rows(rows), tokens=sum(map(len, texts)))
 
     async def rerank(self, query: str, documents: Sequence[str]) -> RankedTexts:
         if self._pair_tokens is None:
-            raise UnsupportedValue("This model makes vectors and does not rank; compare those.")
+            raise UnsupportedValue("The model does not rank: it makes vectors of texts.", param="model")
         texts = await asyncio.to_thread(self._read_pairs, self._pair_tokens, query, documents)
         rows = await self._compute(texts)
         return RankedTexts(scores=self._scores(rows), tokens=sum(map(len, texts)))
@@ -148,7 +152,22 @@ class LlamaCppEmbedder:
 
     async def close(self) -> None:
         self._is_closing = True
-        await asyncio.to_thread(self.closing.close)
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        with self._reading:
+            self.closing.close()
+
+    @contextlib.contextmanager
+    def _open_model(self) -> Iterator[bindings.NativeModel]:
+        """
+        Raises:
+            WorkerUnavailable: it is closed, or will be.
+        """
+        with self._reading:
+            if self._is_closing:
+                raise WorkerUnavailable("The model is being unloaded.")
+            yield self._model
 
     async def _compute(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """What the model makes of each text, shape (texts, width)."""
@@ -156,10 +175,7 @@ class LlamaCppEmbedder:
             raise WorkerUnavailable("The model is being unloaded.")
         if not texts:
             return np.zeros((0, self._width), dtype=np.float32)
-        rows = await asyncio.wrap_future(self._batches.submit(texts))
-        if not np.isfinite(rows).all():
-            raise GallamaError("The model has computed what is no number.")
-        return rows
+        return await asyncio.wrap_future(self._batches.submit(texts))
 
     def _read_inputs(self, inputs: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """The token ids of each input, checked."""
@@ -176,9 +192,12 @@ class LlamaCppEmbedder:
         return texts
 
     def _read_pairs(self, tokens_of: PairTokens, query: str, documents: Sequence[str]) -> list[list[int]]:
-        texts = [tokens_of(query, document) for document in documents]
-        for index, token_ids in enumerate(texts):
+        texts = []
+        for index, document in enumerate(documents):
+            with self._open_model():
+                token_ids = tokens_of(query, document)
             self._check_length(token_ids, f"documents[{index}]", "documents", "with the query ")
+            texts.append(token_ids)
         return texts
 
     def _check_token_ids(self, token_ids: Sequence[int], name: str) -> None:
@@ -336,10 +355,10 @@ def _templated_pair(model: bindings.NativeModel, template: str) -> PairTokens:
 def _unit_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     Raises:
-        GallamaError: a row is all zeros, which has no direction.
+        EngineFailed: a row is all zeros, which has no direction.
     """
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     if not lengths.all():
-        raise GallamaError("The model has made a vector of nothing but zeros.")
+        raise EngineFailed("The model has made a vector of nothing but zeros.")
     unit_rows: NDArray[np.float32] = (rows / lengths).astype(np.float32)
     return unit_rows

@@ -168,9 +168,9 @@ def embedder_context_options(
     cells: int | None = None,
     sequences: int = 1,
     outputs: int | None = None,
-    pooling: str = "mean",
+    pooling: str | None = None,
 ) -> bindings.ContextOptions:
-    """A context that makes vectors.
+    """A context that reads whole texts, and makes vectors of them if `pooling` says how.
 
     Args:
         cells: as many as `batch_tokens` by default.
