@@ -29,6 +29,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     T5Config,
@@ -57,6 +59,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"sliding_window": 16, "head_dim": 16},
     ),
     "gpt 2, which has a vector for each position": (GPT2LMHeadModel, GPT2Config, {"n_inner": 128}),
+    "mpt, which weighs tokens by their distance": (MptForCausalLM, MptConfig, {"max_seq_len": 1024}),
     "qwen 3 next, half of whose layers sum up": (
         Qwen3NextForCausalLM,
         Qwen3NextConfig,
@@ -329,12 +332,16 @@ async def test_a_bias_decides(engine: TransformersEngine) -> None:
     assert await text_of(engine, "Say:", max_tokens=5, sampling=always) == "ZZZZZ"
 
 
-@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
+@pytest.mark.parametrize(("frequency", "presence"), [(500.0, 0.0), (0.0, 500.0)])
 async def test_penalties_on_the_answer_keep_it_from_repeating(
-    engine: TransformersEngine, penalty: str
+    engine: TransformersEngine, frequency: float, presence: float
 ) -> None:
-    letters = {engine.vocabulary.encode(letter)[0]: 1000.0 for letter in (b"X", b"Y", b"Z")}
-    settings = SamplingSettings(temperature=0, logit_bias=letters, **{penalty: 500.0})
+    settings = SamplingSettings(
+        temperature=0,
+        logit_bias={engine.vocabulary.encode(letter)[0]: 1000.0 for letter in (b"X", b"Y", b"Z")},
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+    )
     assert sorted(await text_of(engine, "XX YY ZZ", max_tokens=3, sampling=settings)) == ["X", "Y", "Z"]
 
 

@@ -66,7 +66,8 @@ def forward_packed(model: Any, pieces: Sequence[Piece], device: torch.device) ->
     """
     row = _Row([piece.cache for piece in pieces], [len(piece.token_ids) for piece in pieces], {})
     positions = [torch.arange(len(piece.token_ids)) + piece.cache.get_seq_length() for piece in pieces]
-    places, ends = [], 0
+    places: list[int] = []
+    ends = 0
     for piece in pieces:
         ends += len(piece.token_ids)
         places += range(ends - piece.rows, ends)
