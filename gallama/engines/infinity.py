@@ -65,6 +65,9 @@ _MAX_CHARACTERS_PER_TOKEN = 1000
 # part of the time that a short text takes.
 _BATCH_DELAY_SECONDS = 0.001
 
+# A small model computes so many tokens in the time that it takes to begin a pass; larger ones compute fewer.
+_PASS_TOKENS_OF_CPU, _PASS_TOKENS_OF_GPU = 64, 4096
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -161,14 +164,20 @@ def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_p
     report_progress(_PART_OF_WEIGHTS)
     is_shared = device == "cpu" and options.n_threads is None
     cores = cores_to_share() if is_shared else OwnCores(options.n_threads or torch.get_num_threads())
-    return InfinityEmbedder(engine, spec, options, config, cores)
+    return InfinityEmbedder(engine, spec, options, config, device, cores)
 
 
 class InfinityEmbedder:
     """One model on infinity-emb's engine, which starts with the first request."""
 
     def __init__(
-        self, engine: Any, spec: ModelSpec, options: InfinityOptions, config: Mapping[str, Any], cores: Cores
+        self,
+        engine: Any,
+        spec: ModelSpec,
+        options: InfinityOptions,
+        config: Mapping[str, Any],
+        device: str,
+        cores: Cores,
     ) -> None:
         """
         Args:
@@ -184,7 +193,13 @@ class InfinityEmbedder:
         self._tokenizer = TextReader(model)
         self._prompt = _default_prompt(model)
         self._passes = [
-            ForwardPasses(replica, self._tokenizer, options.batch_tokens, cores)
+            ForwardPasses(
+                replica,
+                self._tokenizer,
+                cores,
+                batch_tokens=options.batch_tokens,
+                pass_tokens=_PASS_TOKENS_OF_CPU if device == "cpu" else _PASS_TOKENS_OF_GPU,
+            )
             for replica in engine._model_replicas
         ]
         engine._model_replicas = self._passes
@@ -446,13 +461,20 @@ class ForwardPasses:
     leave everybody waiting for ever.
     """
 
-    def __init__(self, model: Any, reader: TextReader, batch_tokens: int, cores: Cores) -> None:
+    def __init__(
+        self, model: Any, reader: TextReader, cores: Cores, *, batch_tokens: int, pass_tokens: int
+    ) -> None:
+        """
+        Args:
+            batch_tokens, pass_tokens: `most_tokens` and `pass_tokens` of `split`.
+        """
         self.capabilities = model.capabilities
         self.count = 0
         """Forward passes that have ended."""
         self._model = model
         self._reader = reader
         self._batch_tokens = batch_tokens
+        self._pass_tokens = pass_tokens
         self._cores = cores
         self._torch = import_module("torch")
         self._no_row: NDArray[np.float32] = np.array(np.nan, dtype=np.float32)
@@ -460,7 +482,7 @@ class ForwardPasses:
     def encode_pre(self, batch: Sequence[Tokens | tuple[str, Tokens]]) -> _Batch:
         texts = [each if isinstance(each, Tokens) else each[1] for each in batch]
         wanted = [index for index, text in enumerate(texts) if not text.is_given_up]
-        parts = split([len(texts[index]) for index in wanted], self._batch_tokens)
+        parts = split([len(texts[index]) for index in wanted], self._batch_tokens, self._pass_tokens)
         return _Batch(texts, [self._pass_of(texts, [wanted[place] for place in part]) for part in parts])
 
     def encode_core(self, batch: _Batch) -> list[NDArray[np.float32]]:
@@ -520,21 +542,32 @@ class ForwardPasses:
             self._torch.set_num_threads(threads)
 
 
-def split(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """Divide texts into forward passes: alike ones together, none of more tokens with padding.
+def split(lengths: Sequence[int], most_tokens: int, pass_tokens: int) -> list[list[int]]:
+    """Divide texts into forward passes, each padded to its longest text, so that the least is computed.
 
     Args:
         lengths: tokens of each text.
+        most_tokens: of one pass, with padding. A text that has more is alone.
+        pass_tokens: as many tokens take as long as it takes to begin one more pass.
 
     Returns:
-        Indexes of the texts of each pass. A text that is too long for any is alone.
+        Indexes of the texts of each pass.
     """
-    parts: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= most_tokens:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
+    order = np.argsort(lengths, kind="stable")
+    # What it costs at least to compute the texts up to each one, and where the last of these passes begins.
+    costs, begins = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)
+    for end in range(1, len(order) + 1):
+        tokens = np.arange(end, 0, -1) * lengths[order[end - 1]]
+        fits = tokens <= most_tokens
+        fits[-1] = True
+        totals = np.where(fits, costs[:end] + tokens + pass_tokens, np.inf)
+        begins[end] = totals.argmin()
+        costs[end] = totals[begins[end]]
+    parts = []
+    end = len(order)
+    while end:
+        parts.append(order[begins[end] : end].tolist())
+        end = begins[end]
     return parts
 
 

