@@ -86,6 +86,9 @@ class ChatPreparer:
         marks = {mark for mark in vocabulary.marks if mark in self._template.source}
         self._guarded = frozenset({*vocabulary.control_tokens, *marks})
         """What a client's text must not become."""
+        longest_token = max(map(len, (*vocabulary.tokens, *vocabulary.control_tokens)))
+        self._most_bytes = engine.context_length * longest_token
+        """No longer prompt fits, however it is tokenized."""
         self._constraint_engines = ConstraintEngines(vocabulary)
         self._constraint_engines.prepare()
         self._compiling = ThreadPoolExecutor(COMPILING_THREADS, thread_name_prefix="grammars")
@@ -188,6 +191,7 @@ class ChatPreparer:
         # Before the prompt: what shows the tools in it relies on their schemas.
         body = self._body(request)
         prompt = render_prompt(self._template, self.dialect, request, control_tokens=self._guarded)
+        self._check_size(prompt.text, "messages")
         token_ids = self._tokenize(prompt)
         max_tokens = self._answer_room(request, len(token_ids))
         spec = self._answer_spec(body, template, prompt)
@@ -211,6 +215,7 @@ class ChatPreparer:
                 " or `suffix`.",
                 param="suffix",
             )
+        self._check_size(prompt.text + (prompt.suffix or ""), "prompt")
         raw = raw_tokens(self._engine, prompt)
         max_tokens = self._answer_room(request, len(raw.token_ids))
         body = admit_constraints(request.constraints, request.on_unsupported)
@@ -261,6 +266,20 @@ class ChatPreparer:
         if start is not None and token_ids[:1] != [start]:
             token_ids.insert(0, start)
         return token_ids
+
+    def _check_size(self, text: str, param: str) -> None:
+        """Refuse what cannot fit without tokenizing it, which takes seconds for each megabyte.
+
+        Raises:
+            ContextLengthExceeded: it has too many bytes.
+        """
+        size = len(text.encode(errors="surrogatepass"))
+        if size > self._most_bytes:
+            raise ContextLengthExceeded(
+                f"The prompt has {size} bytes, and at most {self._most_bytes} can fit the model's context of"
+                f" {self._engine.context_length} tokens.",
+                param=param,
+            )
 
     def _answer_room(self, request: ChatRequest, prompt_tokens: int) -> int:
         """How many tokens the answer may have."""

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from gallama.config import ModelSpec
-from gallama.conversation import ChatRequest, Constraint, Message, ToolChoice, ToolSpec
+from gallama.conversation import ChatRequest, Constraint, Message, RawPrompt, ToolChoice, ToolSpec
 from gallama.engines.scripted import Script, ScriptedEngine
-from gallama.errors import InvalidRequest
+from gallama.errors import ContextLengthExceeded, InvalidRequest
 from gallama.generation import Vocabulary
 from gallama.worker.preparation import ChatPreparer, PreparedChat
 
@@ -106,3 +106,28 @@ async def test_the_guarantee_names_all_that_held() -> None:
     beside = await prepared(request(constraints=patterns, tools=(TOOL,), thinking_template=TEMPLATE))
     assert beside.spec is not None
     assert (beside.spec.kind, beside.spec.beside) == ("tools", ("template", "regex", "prefix"))
+
+
+class NeverTokenizes(ScriptedEngine):
+    """Texts that cannot fit are not to be tokenized: it takes seconds for each megabyte."""
+
+    def tokenize(self, text: str) -> list[int]:
+        raise AssertionError("tokenized")
+
+
+@pytest.mark.parametrize(
+    ("chat", "param"),
+    [
+        (request("x" * 60_000), "messages"),
+        (ChatRequest(request_id="r", model="any", prompt=RawPrompt(text="x" * 60_000)), "prompt"),
+        (
+            ChatRequest(request_id="r", model="any", prompt=RawPrompt(text="x", suffix="x" * 60_000)),
+            "prompt",
+        ),
+    ],
+)
+async def test_what_cannot_fit_is_refused_before_it_is_tokenized(chat: ChatRequest, param: str) -> None:
+    model = NeverTokenizes(Script(), slots=1, context_length=4096)
+    with pytest.raises(ContextLengthExceeded, match="at most 53248 can fit") as refused:
+        await prepared(chat, on=model)
+    assert refused.value.param == param
