@@ -13,7 +13,14 @@ from typing import Any
 from gallama.catalog.embedded import EMBEDDED, EmbeddedModel, find_embedded, installed_embedded
 from gallama.catalog.gguf_files import find_gguf, model_name_of
 from gallama.catalog.model_files import engine_for, find_model
-from gallama.config import SPECULATION_KEYS, ModelSpec, ServerConfig, layer_values, validated
+from gallama.config import (
+    SPECULATION_KEYS,
+    ModelSpec,
+    ServerConfig,
+    layer_defaults,
+    layer_values,
+    validated,
+)
 from gallama.errors import InvalidConfig
 
 UNKNOWN_MODEL = "unknown_model"
@@ -51,7 +58,7 @@ def resolve_model(values: Mapping[str, Any], config: ServerConfig) -> ResolvedMo
     alone = {key: value for key, value in values.items() if key not in SPECULATION_KEYS}
     entry = _find_entry(_validated(alone).model_id, config)
     if entry is None:
-        model = _resolve_file_or_embedded(layer_values(config.model_defaults, values), config)
+        model = _resolve_file_or_embedded(layer_defaults(config.model_defaults, values), config)
     else:
         model = _resolve_entry(entry, values, config)
     is_from_file = values.get("draft_model_id") is None and config.file is not None
@@ -161,7 +168,7 @@ def _find_file(values: Mapping[str, Any], folder: Path) -> tuple[ModelSpec, Path
     embedded = find_embedded(spec.model_id)
     if embedded is None:
         return spec, None
-    return _validated(layer_values(embedded.defaults, values)), _installed_file(spec.model_id, embedded)
+    return _validated(layer_defaults(embedded.defaults, values)), _installed_file(spec.model_id, embedded)
 
 
 def _with_draft_file(model: ResolvedModel, config: ServerConfig, folder: Path) -> ResolvedModel:

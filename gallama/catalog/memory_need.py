@@ -37,6 +37,8 @@ _IDLE_SEQUENCES = 16
 _MOST_DRAFTED_TOKENS = 64
 _MOST_SCORED_TOKENS = 32
 _MICRO_BATCH_TOKENS = 512
+_LONGEST_EMBEDDED_TEXT = 8192
+_EMBEDDED_TEXTS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +103,10 @@ def estimate_memory(model: ResolvedModel) -> MemoryNeed:
         return MemoryNeed(model=_NOTHING, process_bytes=0)
     if spec.backend in ("transformers", "embedding"):
         return _need_of_folder(model.path)
-    settings = _Settings(spec.backend_extra_args)
     metadata = read_gguf_metadata(model.path)
+    if spec.model_type == "embedding":
+        return MemoryNeed(model=_need_of_embedder(spec, metadata))
+    settings = _Settings(spec.backend_extra_args)
     context = _plan_context(spec, settings, metadata)
     need = _need_of(metadata, context, settings, spec.cache_quant or "FP16", settings.gpu_layers)
     if spec.speculation != "draft":
@@ -117,15 +121,29 @@ def estimate_memory(model: ResolvedModel) -> MemoryNeed:
     return MemoryNeed(model=need, draft=_need_of(draft, for_draft, settings, quant, gpu_layers))
 
 
+def _need_of_embedder(spec: ModelSpec, metadata: GgufMetadata) -> ModelNeed:
+    """Of a model that makes vectors: it keeps no text. See `engines/llama_cpp/embedder.py`."""
+    longest = spec.max_seq_len or min(metadata.context_length, _LONGEST_EMBEDDED_TEXT)
+    if "bert" not in metadata.architecture:  # reads in pieces, and makes a vector of the last token alone
+        settings = _Settings(spec.backend_extra_args)
+        cells, outputs = longest, _EMBEDDED_TEXTS
+    else:  # reads all at once, and has no cache; logits are made room for all the same
+        batch_tokens = max(longest, _Settings(spec.backend_extra_args).micro_batch_tokens)
+        settings = _Settings({**spec.backend_extra_args, "n_batch": batch_tokens, "n_ubatch": batch_tokens})
+        cells, outputs = 0, batch_tokens
+    context = _Context(
+        cells=_round_up(cells), cells_of_one=longest, sequences=1, outputs=outputs, shelf_tokens=0
+    )
+    return _need_of(metadata, context, settings, "FP16", settings.gpu_layers)
+
+
 def _need_of_folder(folder: Path) -> MemoryNeed:
-    """Of a model that torch holds: its weights as they are stored. What its texts take is not known before."""
+    """Of a model that torch holds: its weights as they are stored. What texts take is not known before."""
     try:
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     except OSError as error:
         raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
-    need = ModelNeed(
-        weight_bytes=weights, cache_bytes=0, compute_bytes=0, shelf_bytes=0, gpu_bytes=weights
-    )
+    need = ModelNeed(weight_bytes=weights, cache_bytes=0, compute_bytes=0, shelf_bytes=0, gpu_bytes=weights)
     return MemoryNeed(model=need, process_bytes=TORCH_PROCESS_BYTES)
 
 

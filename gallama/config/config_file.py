@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gallama.config.model_spec import ModelSpec, layer_values
+from gallama.config.model_spec import ModelSpec, layer_defaults
 from gallama.config.problems import KeyPath, explain_unknown_key, validated
 from gallama.config.server_config import ServerConfig, ServerSettings
 from gallama.config.yaml_lines import Lines, line_of, read_yaml
@@ -95,7 +95,7 @@ class _Document:
         return spec.model_dump(exclude_unset=True, exclude={"model_id"})
 
     def model(self, name: str, defaults: Mapping[str, Any]) -> ModelSpec:
-        values = layer_values(defaults, {"model_id": name, "model_name": name, **self.section(name)})
+        values = layer_defaults(defaults, {"model_id": name, "model_name": name, **self.section(name)})
         return validated(ModelSpec, values, self.locate_in(name))
 
 

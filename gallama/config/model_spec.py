@@ -58,7 +58,7 @@ HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
 _BACKENDS_THAT_EMBED = ("auto", "llama_cpp", "embedding", "scripted")
 # Vectors are made in batches: the more requests there are, the fuller these are.
 _MAX_CONCURRENT_EMBEDDINGS = 64
-_ONLY_FOR_TEXT = (
+ONLY_FOR_TEXT = (
     "cache_size",
     "cache_quant",
     "tp",
@@ -98,6 +98,17 @@ def layer_values(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str
         if isinstance(below, Mapping) and isinstance(above, Mapping):
             layered[key] = {**below, **above}
     return layered
+
+
+def layer_defaults(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values over defaults for all models, of which a model that embeds takes those that concern it."""
+    if _embeds(values):
+        defaults = {key: value for key, value in defaults.items() if key not in ONLY_FOR_TEXT}
+    return layer_values(defaults, values)
+
+
+def _embeds(values: Mapping[str, Any]) -> bool:
+    return "embedding" in (str(values.get(key)).lower() for key in ("backend", "model_type"))
 
 
 def _refuse_bool(value: object) -> object:
@@ -264,13 +275,13 @@ class ModelSpec(ConfigModel):
     @classmethod
     def _complete_what_embeds(cls, values: Any) -> Any:
         """The backend that only embeds says what the model is for; that changes a default."""
-        if not isinstance(values, Mapping):
+        if not isinstance(values, Mapping) or not _embeds(values):
             return values
-        if str(values.get("backend")).lower() == "embedding":
-            values = {"model_type": "embedding", **values}
-        if str(values.get("model_type")).lower() == "embedding":
-            values = {"max_concurrent_requests": _MAX_CONCURRENT_EMBEDDINGS, **values}
-        return values
+        return {
+            "model_type": "embedding",
+            "max_concurrent_requests": _MAX_CONCURRENT_EMBEDDINGS,
+            **values,
+        }
 
     @field_validator(*_ENUMERATIONS, mode="before")
     @classmethod
@@ -320,7 +331,7 @@ class ModelSpec(ConfigModel):
         if self.backend not in _BACKENDS_THAT_EMBED:
             raise ValueError(f"the backend {self.backend} does not embed; leave `backend` out")
         fields = type(self).model_fields
-        unused = [key for key in _ONLY_FOR_TEXT if getattr(self, key) != fields[key].default]
+        unused = [key for key in ONLY_FOR_TEXT if getattr(self, key) != fields[key].default]
         if unused:
             raise ValueError(f"a model that embeds does not use `{'`, `'.join(unused)}`; leave that out")
         return self

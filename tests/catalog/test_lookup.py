@@ -248,3 +248,19 @@ def test_the_config_file_and_the_values_agree_on_how_to_guess_ahead_together(fol
     assert resolve(settings, model_id="m", num_draft_tokens=5).spec.most_draft_tokens == 5
     message = problem(settings, model_id="m", draft_model_id="x.gguf")
     assert message.startswith("model 'x.gguf': `draft_model_id` would not be used: `speculative` is ngram")
+
+
+def test_what_holds_for_all_models_but_is_only_for_text_is_left_out_of_one_that_embeds(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "model_config.yaml"
+    file.write_text(
+        "_global: {cache_quant: Q8, queue_limit: 7}\n"
+        "in-file: {model_id: smollm2-135m, model_type: embedding}\n"
+    )
+    config = read_config_file(file)
+    for values in ({"model_id": "in-file"}, {"model_id": "smollm2-135m", "model_type": "embedding"}):
+        spec = resolve_model(values, config).spec
+        assert (spec.model_type, spec.backend, spec.queue_limit) == ("embedding", "llama_cpp", 7)
+        assert spec.cache_quant is None
+        assert spec.default_sampling.temperature is None

@@ -12,13 +12,17 @@ import pytest
 from gallama.catalog import ResolvedModel, resolve_model
 from gallama.catalog.memory_need import MemoryNeed, estimate_memory
 from gallama.config import ServerConfig
+from gallama.embedding import EmbedRequest
 from gallama.engines.llama_cpp import _shelf_tokens
 from gallama.engines.llama_cpp.options import choose_context_length, context_options, read_options
 from gallama.errors import InvalidConfig
 from gallama.pool.launchers.local import LocalLauncher
+from gallama.wire import ask
+from tests.engines.gguf_of_bert import write_gguf_of_bert
 
 # 30 layers with 3 heads for keys and values of 64 numbers each, in 2 bytes.
 SMOLLM2_CELL_BYTES = 30 * 3 * (64 + 64) * 2
+TEXTS = ("word " * 200,) * 32
 TOLERANCE = 1.25
 """The factor within which the estimate is right."""
 
@@ -73,10 +77,24 @@ def _pair(name: str, value: int | list[int]) -> bytes:
     ],
 )
 async def test_the_estimate_comes_close_to_what_a_worker_takes(values: dict[str, Any]) -> None:
-    model = smollm2(**values)
+    await comes_close(smollm2(**values))
+
+
+async def test_the_estimate_for_a_model_that_embeds_comes_close() -> None:
+    await comes_close(smollm2(model_type="embedding"))
+
+
+async def test_the_estimate_for_an_encoder_comes_close(minilm_folder: Path, tmp_path: Path) -> None:
+    file = write_gguf_of_bert(minilm_folder, tmp_path / "minilm.gguf")
+    await comes_close(resolve_model({"model_id": str(file), "model_type": "embedding"}, ServerConfig()))
+
+
+async def comes_close(model: ResolvedModel) -> None:
     worker = await LocalLauncher().launch(model)
     try:
-        await worker.ready(lambda _: None)
+        ready = await worker.ready(lambda _: None)
+        if model.spec.model_type == "embedding":  # before its first texts it has not touched its memory
+            await ask(ready.address, worker.secret, EmbedRequest(request_id="r", model="m", inputs=TEXTS))
         taken = psutil.Process(worker.process_id).memory_info().rss
     finally:
         await worker.stop()
