@@ -99,6 +99,14 @@ def from_start_up(figures: Any) -> Iterator[Finding]:
     yield Finding(what="a worker is ready after", value=ready["with_cache_ms"] / 1e3, unit=" s", target=3.0)
 
 
+def from_embedding(figures: Any) -> Iterator[Finding]:
+    for row in figures:
+        what = (
+            f"vectors, requests of {row['sentences']}, {row['at_once']} at once, over infinity-emb in process"
+        )
+        yield Finding(what=what, value=row["ratio"], target=row["target"], at_least=True, panel=SPEEDS)
+
+
 def from_memory(figures: Any) -> Iterator[Finding]:
     for row in figures:
         what = f"memory after many requests / after few ({row['measure'].upper()})"
@@ -112,6 +120,7 @@ READERS: Mapping[str, Callable[[Any], Iterator[Finding]]] = {
     "routing": from_routing,
     "constraints": from_constraints,
     "start_up": from_start_up,
+    "embedding": from_embedding,
     "threads": from_threads,
     "memory": from_memory,
 }

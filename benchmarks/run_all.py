@@ -19,6 +19,7 @@ BENCHMARKS = (
     "speculative",
     "gateway",
     "routing",
+    "embedding",
     "constraints",
     "start_up",
     "threads",

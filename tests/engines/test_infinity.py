@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from gallama.config import ModelSpec
 from gallama.engines import EMBEDDERS
-from gallama.engines.infinity import split
+from gallama.engines.infinity import InfinityOptions, split
 from gallama.errors import MissingExtra
 
 SECONDS = 300
@@ -186,6 +187,14 @@ def test_a_python_without_the_library_is_told_how_to_get_it(minilm_folder: Path)
     spec = ModelSpec(model_id=str(minilm_folder), backend="embedding")
     with pytest.raises(MissingExtra, match="gallama setup embedding"):
         EMBEDDERS["embedding"](spec, minilm_folder)
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    document = (Path(__file__).parents[2] / "docs/embeddings.md").read_text()
+    documented = dict(re.findall(r"^\| `(\w+)` \| `?(\w+)", document, re.MULTILINE))
+    assert documented.keys() == InfinityOptions.model_fields.keys()
+    chosen = {name: field.default for name, field in InfinityOptions.model_fields.items() if field.default}
+    assert {name: documented[name] for name in chosen} == {name: str(value) for name, value in chosen.items()}
 
 
 def test_texts_of_alike_lengths_share_a_pass() -> None:
