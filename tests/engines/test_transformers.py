@@ -42,6 +42,7 @@ from gallama.constraints import AnswerSpec, LLGuidanceBackend, admit_constraints
 from gallama.conversation import Constraint, ConstraintKind
 from gallama.engines.logits import log_probabilities
 from gallama.engines.transformers import TransformersEngine, load
+from gallama.engines.transformers.options import TransformersOptions
 from gallama.errors import GallamaError, InvalidConfig, ModelLoadFailed, WorkerUnavailable
 from gallama.generation import GeneratedChunk, GenerationRequest, SamplingSettings, State
 from tests.engines.tiny_llama import CONTEXT_LENGTH, save_tiny_llama, save_tiny_model, tiny_tokenizer
@@ -632,3 +633,8 @@ def test_a_model_that_keeps_nothing_of_a_text_is_refused(tmp_path: Path) -> None
     save_tiny_model(tmp_path, MambaForCausalLM, MambaConfig, state_size=8)
     with pytest.raises(ModelLoadFailed, match="cache"):
         load_with(tmp_path, max_seq_len=512)
+
+
+def test_the_document_has_every_setting() -> None:
+    document = (Path(__file__).parents[2] / "docs/transformers.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", document, re.MULTILINE)) == set(TransformersOptions.model_fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -43,10 +44,14 @@ def byte_level() -> Tokenizer:
     return Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
 
 
-TOKENIZERS = {
+def newer_sentencepiece() -> Tokenizer:
+    return sentencepiece(with_normalizer=False)
+
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "byte level": byte_level,
     "sentencepiece": sentencepiece,
-    "sentencepiece, newer": lambda: sentencepiece(with_normalizer=False),
+    "sentencepiece, newer": newer_sentencepiece,
 }
 
 
@@ -81,8 +86,8 @@ def test_control_tokens_are_found_in_prompts_only(file: TokenizerFile) -> None:
 
 
 def test_a_text_that_goes_on_gets_no_blank_in_front() -> None:
-    for make in (sentencepiece, lambda: sentencepiece(with_normalizer=False)):
-        file = TokenizerFile(make().to_str())
+    for tokenizer in (sentencepiece(), newer_sentencepiece()):
+        file = TokenizerFile(tokenizer.to_str())
         vocabulary = read_vocabulary(file, end_tokens=[END])
         assert vocabulary.tokens[vocabulary.encode(b"hello")[0]] == b"h"
         assert vocabulary.tokens[file.tokenize("hello")[0]] == b" h"

@@ -244,11 +244,15 @@ def _reported(report_progress: ReportProgress) -> Iterator[None]:
     def make_bar(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return library_logging.EmptyTqdm(*(_counted(part, report_progress) for part in args[:1]), **kwargs)
 
-    earlier = library_logging.set_tqdm_hook(make_bar)
+    set_hook = getattr(library_logging, "set_tqdm_hook", None)
+    if set_hook is None:  # an older version draws them
+        yield
+        return
+    earlier = set_hook(make_bar)
     try:
         yield
     finally:
-        library_logging.set_tqdm_hook(earlier)
+        set_hook(earlier)
 
 
 def _counted(items: Iterable[Any], report_progress: ReportProgress) -> Iterator[Any]:
