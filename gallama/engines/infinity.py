@@ -2,7 +2,7 @@
 
 infinity-emb brings what many requests ask for together into batches. It is given token ids, not texts: each
 text is cut up once, here, so that its length is known before anything is computed and ids that a client sends
-are taken as they are. A batch becomes one forward pass, or a few where its texts are long:
+are taken as they are. A batch becomes one forward pass, or a few where less is computed so:
 
     embed(texts) -> tokens -> infinity-emb's queue -> batch -> forward passes -> a row for each text
 """
@@ -286,6 +286,8 @@ class InfinityEmbedder:
     def _check_input(self, each: Input, name: str) -> None:
         """What can be said without cutting up a text."""
         if not isinstance(each, str | Pair):
+            if not each:
+                raise InvalidRequest(f"`{name}` has no token.", param=_field(name))
             self._tokenizer.check(each, name)
             return
         characters = len(each) if isinstance(each, str) else len(each.query) + len(each.document)
@@ -412,10 +414,8 @@ class TextReader:
     def check(self, token_ids: Sequence[int], name: str = "tokens") -> None:
         """
         Raises:
-            InvalidRequest: there are none, or the model does not have one.
+            InvalidRequest: the model does not have one of them.
         """
-        if not token_ids:
-            raise InvalidRequest(f"`{name}` has no token.", param=_field(name))
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < self._size), None)
         if wrong is not None:
             raise InvalidRequest(

@@ -161,6 +161,7 @@ async def token_ids() -> dict[str, Any]:
             "mixed": float(np.abs(mixed.vectors - of_texts.vectors[:2]).max()),
             "alone": alone.tokens,
             "special": embedder.tokenize("a cat", add_special_tokens=False),
+            "of nothing": [embedder.tokenize("", add_special_tokens=False), embedder.token_texts([])],
             "texts": b"".join(embedder.token_texts([101, 2075, 4937, 2015, 102])).decode(),
             "unknown": await refusal(embedder.embed([[101, 102], [101, 30522]])),
             "none": await refusal(embedder.embed([[]])),

@@ -68,6 +68,7 @@ def test_token_ids_that_the_model_does_not_have_are_refused(found: dict[str, Any
 def test_tokens_have_texts_and_special_ones_names(found: dict[str, Any]) -> None:
     assert found["token_ids"]["special"] == [1037, 4937]
     assert found["token_ids"]["texts"] == "[CLS]ing cats[SEP]"
+    assert found["token_ids"]["of nothing"] == [[], []]
 
 
 def test_a_text_may_have_as_many_tokens_as_the_model_takes(found: dict[str, Any]) -> None:
