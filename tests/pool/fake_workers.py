@@ -63,6 +63,7 @@ class FakeWorker:
 
     async def stop(self) -> None:
         await self._launcher.may_stop.wait()
+        await asyncio.wait({self._address})  # a server that is cancelled while it starts leaves its socket open
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
         self._launcher.stopped += 1

@@ -143,6 +143,7 @@ class FakeWorker:
         return await asyncio.shield(self._died)
 
     async def stop(self) -> None:
+        await asyncio.wait({self._address})  # a server that is cancelled while it starts leaves its socket open
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
 
