@@ -20,11 +20,13 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import requests
 from numpy.typing import NDArray
 from openai import APIError, AsyncOpenAI, BadRequestError, OpenAI
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 CHAT_MODEL = "smollm2-135m"
+ADDED_MODEL = "added"
 SECONDS = 60
 
 SENTENCES = [
@@ -91,10 +93,23 @@ def post(gateway: Any, path: str, **body: Any) -> httpx.Response:
 
 
 def forward_passes(gateway: Any) -> int:
+    time.sleep(0.6)  # what is told of workers is of the last half second
     metrics = httpx.get(f"{gateway.url}/metrics", trust_env=False).text
     found = re.search(rf'^gallama_engine_steps_total{{.*model="{MODEL}".*}} (\S+)$', metrics, re.MULTILINE)
     assert found is not None, metrics
     return int(float(found[1]))
+
+
+def added(gateway: Any, spec: dict[str, Any]) -> Any:
+    """What has become of a model that was to be loaded."""
+    task = httpx.post(f"{gateway.url}/add_model", json=spec, timeout=SECONDS, trust_env=False).json()
+    deadline = time.monotonic() + SECONDS
+    while task["status"] in ("queued", "loading"):
+        assert time.monotonic() < deadline, task
+        time.sleep(0.05)
+        url = f"{gateway.url}/task_status/{task['task_id']}"
+        task = httpx.get(url, trust_env=False).json()
+    return task
 
 
 def requests_of(gateway: Any) -> dict[str, int]:
@@ -130,6 +145,40 @@ def test_vectors_are_those_of_the_models_own_library(client: OpenAI, expected: V
     assert vectors.shape == (len(SENTENCES), 384)
     assert np.abs(vectors - expected).max() < 1e-4
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+async def test_every_client_gets_the_same_vector(gateway: Any, client: OpenAI, expected: Vectors) -> None:
+    text = SENTENCES[0]
+    async with async_client(gateway) as other:
+        answer = await other.embeddings.create(model=MODEL, input=text, encoding_format="float")
+    assert (
+        answer.data[0].embedding == post(gateway, "/v1/embeddings", input=text).json()["data"][0]["embedding"]
+    )
+    assert np.abs(np.array(answer.data[0].embedding) - embed(client, text)[0]).max() < 1e-7
+    assert np.abs(embed(client, text)[0] - expected[0]).max() < 1e-4
+
+
+def test_the_example_of_the_first_readme(client: OpenAI) -> None:
+    response = client.embeddings.create(
+        input="Your text string for embedding goes here", model="Alibaba-NLP/gte-large-en-v1.5"
+    )
+    assert len(response.data[0].embedding) == 384
+    assert response.model == MODEL, "the only model that embeds answers, and says so"
+
+
+def test_the_example_of_the_older_readme(gateway: Any) -> None:
+    url = f"{gateway.url}/v1/embeddings"
+    payload = {
+        "model": "intfloat/e5-large-v2",  # You can also use `universal-sentence-encoder/4`
+        "input": "hello world!",
+    }
+    response = requests.post(url, json=payload)
+    answer = response.json()
+    assert answer.keys() == {"object", "model", "data", "usage"}
+    (part,) = answer["data"]
+    assert (answer["object"], part["object"], part["index"]) == ("list", "embedding", 0)
+    assert len(part["embedding"]) == 384
+    assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] == 5
 
 
 def test_similar_sentences_are_nearer_than_different_ones(client: OpenAI) -> None:
@@ -197,6 +246,27 @@ def test_a_model_that_chats_answers_under_the_same_url(client: OpenAI) -> None:
         client.chat.completions.create(model=MODEL, messages=messages)
     with pytest.raises(BadRequestError, match="/v1/chat/completions"):
         client.embeddings.create(model=CHAT_MODEL, input="a")
+
+
+def test_a_model_is_added_as_soon_as_its_environment_is_there(
+    gateway: Any, client: OpenAI, embedding_python: str, minilm_folder: Path
+) -> None:
+    spec = {"model_id": str(minilm_folder), "model_name": ADDED_MODEL, "backend": "embedding"}
+    task = added(gateway, spec)
+    assert task["status"] == "failed"
+    assert "`gallama setup embedding`" in str(task)
+
+    environments = gateway.log_file.parent / "environments"
+    environments.mkdir()
+    (environments / "embedding").symlink_to(Path(embedding_python).parents[1])
+    task = added(gateway, spec)
+    assert task["status"] == "completed", task
+    answer = client.embeddings.create(model=ADDED_MODEL, input=SENTENCES[0])
+    assert np.array_equal([answer.data[0].embedding], embed(client, SENTENCES[0]))
+    removed = httpx.post(
+        f"{gateway.url}/remove_model", json={"model_name": ADDED_MODEL}, timeout=SECONDS, trust_env=False
+    )
+    assert removed.status_code == 200, removed.text
 
 
 async def test_requests_whose_clients_leave_are_given_up(gateway: Any, client: OpenAI) -> None:

