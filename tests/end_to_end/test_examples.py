@@ -7,13 +7,17 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import httpx
 import jsonschema
 import pytest
+
+from tests.engines.gguf_of_bert import write_gguf_of_bert
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RunExample = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -130,6 +134,36 @@ def test_a_model_is_loaded_asked_and_unloaded(output_of: Any) -> None:
     assert loaded == ["smollm2-135m", "second"]
     assert re.search(r"^Answer:  \S", output, re.MULTILINE)
     assert re.search(r"^Removed: second, which gave back [1-9]\d+ MB$", output, re.MULTILINE)
+
+
+def test_texts_are_completed_freely_and_by_a_pattern(output_of: Any) -> None:
+    output = output_of("completion.py")
+    assert re.search(r"^Story: Once upon a time there was a Llama that.{20,}", output, re.DOTALL)
+    assert len(re.findall(r"^Price: \d{1,3}\.\d\d$", output, re.MULTILINE)) == 2
+
+
+@pytest.fixture
+def minilm(gateway_url: str, minilm_folder: Path, tmp_path: Path) -> Iterator[str]:
+    """The name of a model that embeds, loaded beside the others for as long as the test takes."""
+    file = write_gguf_of_bert(minilm_folder, tmp_path / "minilm.gguf")
+    spec = {"model_id": str(file), "model_type": "embedding"}
+    task_id = httpx.post(f"{gateway_url}/add_model", json=spec).json()["task_id"]
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{gateway_url}/task_status/{task_id}").json()["status"] != "completed":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    yield "minilm"
+    httpx.post(f"{gateway_url}/remove_model", json={"model_name": "minilm"}, timeout=60).raise_for_status()
+
+
+def test_the_sentence_that_answers_is_found_by_its_meaning(
+    output_of: Any, minilm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GALLAMA_EMBEDDING_MODEL", minilm)
+    first, *ranked = output_of("search_by_meaning.py").splitlines()
+    assert "(384 dimensions, " in first
+    assert len(ranked) == 3
+    assert ranked[0].endswith("Refunds are paid within two weeks.")
 
 
 @pytest.fixture
