@@ -267,12 +267,16 @@ class NativeModel:
             add_special_tokens: begin and end it as the vocabulary asks for; else nothing is added.
         """
         room = len(text) + 8
-        tokens = (ctypes.c_int32 * room)()
-        count = lib.llama_tokenize(
-            self._vocab, text, len(text), tokens, room, add_special_tokens, parse_control_tokens
-        )
-        assert count >= 0, "a text never has more tokens than bytes"
-        return list(tokens[:count])
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            count = lib.llama_tokenize(
+                self._vocab, text, len(text), tokens, room, add_special_tokens, parse_control_tokens
+            )
+            if count >= 0:
+                return list(tokens[:count])
+            # Some vocabularies write one character as several, and one of three bytes as up to 18.
+            assert count < -room, "llama.cpp says how much room it needs"
+            room = -count
 
     def read_vocabulary(self, extra_end_tokens: Sequence[str]) -> Vocabulary:
         """The tokens as bytes, with the control tokens by name.
