@@ -55,8 +55,9 @@ _ENVIRONMENT = {
 _LIBRARIES = ("infinity_emb", "sentence_transformers")
 _PART_OF_IMPORTS, _PART_OF_WEIGHTS = 0.5, 0.9
 
-# Texts that are cut up in one go: before the next ones, what is too long among them has been refused.
-_TEXTS_AT_ONCE = 64
+# Texts that are cut up in one go, and their characters: before the next ones, what is too long among them has
+# been refused. A megabyte takes a tokenizer up to a second, in which nothing can stop it.
+_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 64, 2**20
 # Batches that one call has in the queue: enough that the model never waits for the next one.
 _BATCHES_AT_ONCE = 4
 # No text has so few tokens: one with more characters per token of the limit is not even cut up.
@@ -206,6 +207,8 @@ class InfinityEmbedder:
         self._engine = engine
         self._batch_size = options.batch_size
         self._busy_calls = 0
+        self._computing: set[asyncio.Future[Any]] = set()
+        self._is_closing = False
         self._check_features(model)
         own_length = _own_context_length(model, config)
         self.context_length = spec.max_seq_len or own_length
@@ -248,6 +251,9 @@ class InfinityEmbedder:
         await self._compute(self._tokenizer.read([Pair("a", "b") if self._ranks else "a"]))
 
     async def close(self) -> None:
+        self._is_closing = True
+        for computing in self._computing:  # infinity-emb itself would let them wait for ever
+            computing.cancel()
         await self._engine.astop()
 
     @contextlib.contextmanager
@@ -266,9 +272,9 @@ class InfinityEmbedder:
             InvalidRequest: one has none, or one that the model does not have.
         """
         tokens: list[Tokens] = []
-        for start in range(0, len(inputs), _TEXTS_AT_ONCE):
-            part = inputs[start : start + _TEXTS_AT_ONCE]
-            names = [f"{name}[{start + offset}]" for offset in range(len(part))]
+        for indexes in reading_parts([_characters(each) for each in inputs]):
+            part = [inputs[index] for index in indexes]
+            names = [f"{name}[{index}]" for index in indexes]
             tokens += await asyncio.to_thread(self._read_part, part, names)
         return tokens
 
@@ -290,7 +296,7 @@ class InfinityEmbedder:
                 raise InvalidRequest(f"`{name}` has no token.", param=_field(name))
             self._tokenizer.check(each, name)
             return
-        characters = len(each) if isinstance(each, str) else len(each.query) + len(each.document)
+        characters = _characters(each)
         if characters > self.context_length * _MAX_CHARACTERS_PER_TOKEN:
             raise TextTooLong(
                 f"`{name}` has {characters} characters; the model takes {self.context_length} tokens.",
@@ -303,7 +309,7 @@ class InfinityEmbedder:
             Shape (texts, dimensions) of vectors, or (texts,) of scores.
 
         Raises:
-            WorkerUnavailable: a forward pass failed, or its numbers ran over.
+            WorkerUnavailable: a forward pass failed, its numbers ran over, or the model is closed.
         """
         await self._start()
         rows: dict[int, NDArray[np.float32]] = {}
@@ -319,12 +325,17 @@ class InfinityEmbedder:
         batches = [
             order[start : start + self._batch_size] for start in range(0, len(texts), self._batch_size)
         ]
+        computing = asyncio.gather(*map(compute_batch, batches))
+        self._computing.add(computing)
         try:
-            await asyncio.gather(*map(compute_batch, batches))
+            await computing
         except asyncio.CancelledError:
             for text in texts:
                 text.is_given_up = True
+            self._check_open()
             raise
+        finally:
+            self._computing.discard(computing)
         computed = np.array([rows[index] for index in range(len(texts))], dtype=np.float32)
         if not np.isfinite(computed).all():
             raise WorkerUnavailable("The model could not compute this; the worker's log says why.")
@@ -338,7 +349,16 @@ class InfinityEmbedder:
         ranked, _ = await self._engine.rerank(query="", docs=texts)
         return [each.relevance_score for each in sorted(ranked, key=lambda each: each.index)]
 
+    def _check_open(self) -> None:
+        """
+        Raises:
+            WorkerUnavailable: the model is closed, or will be.
+        """
+        if self._is_closing:
+            raise WorkerUnavailable("The model is being unloaded.")
+
     async def _start(self) -> None:
+        self._check_open()
         if self._engine.is_running:
             return
         await self._engine.astart()
@@ -540,6 +560,32 @@ class ForwardPasses:
         # Each thread has a number of its own, and setting it throws prepared kernels away.
         if self._torch.get_num_threads() != threads:
             self._torch.set_num_threads(threads)
+
+
+def reading_parts(characters: Sequence[int]) -> list[range]:
+    """Divide texts into those that are cut up in one go.
+
+    Args:
+        characters: of each text.
+
+    Returns:
+        Indexes of the texts of each part. A text that has more characters than a part may have is alone.
+    """
+    parts = []
+    start, room = 0, _CHARACTERS_AT_ONCE
+    for index, length in enumerate(characters):
+        if index > start and (length > room or index - start == _TEXTS_AT_ONCE):
+            parts.append(range(start, index))
+            start, room = index, _CHARACTERS_AT_ONCE
+        room -= length
+    return [*parts, range(start, len(characters))] if characters else []
+
+
+def _characters(each: Input) -> int:
+    """Of a text or a pair; ids have none, as they are not cut up."""
+    if isinstance(each, Pair):
+        return len(each.query) + len(each.document)
+    return len(each) if isinstance(each, str) else 0
 
 
 def split(lengths: Sequence[int], most_tokens: int, pass_tokens: int) -> list[list[int]]:

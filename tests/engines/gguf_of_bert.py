@@ -62,6 +62,43 @@ def write_gguf_of_bert(
     return file
 
 
+def write_gguf_of_bytes(file: Path) -> Path:
+    """A small BERT without sense, whose tokens are bytes alone: of a blank, written as U+2581, three."""
+    width, positions = 32, 64
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    types = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
+    shape = {
+        "max_position_embeddings": positions,
+        "hidden_size": width,
+        "num_hidden_layers": 1,
+        "intermediate_size": width,
+        "num_attention_heads": 2,
+        "layer_norm_eps": 1e-6,
+        "type_vocab_size": 2,
+    }
+    rows = {"token_embd": len(tokens), "position_embd": positions, "token_types": 2}
+    writer = gguf.GGUFWriter(file, ARCHITECTURE)
+    _add_shape(writer, shape)
+    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(types)
+    rng = np.random.default_rng(0)
+    for name in _NAMES.values():
+        place = name if name.startswith("token_") or name in rows else f"blk.0.{name}"
+        is_matrix = not name.endswith("_norm")
+        weights = rng.standard_normal((rows.get(name, width), width) if is_matrix else (width,))
+        writer.add_tensor(f"{place}.weight", weights.astype(np.float32))
+        if name not in rows:
+            writer.add_tensor(f"{place}.bias", np.zeros(width, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
 def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_name("test")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def started(folder: Path, **arguments: Any) -> AbstractAsyncContextManager[Infin
     return _started(embedder_of(folder, **arguments))
 
 
-async def refusal(work: Coroutine[Any, Any, object]) -> dict[str, Any]:
+async def refusal(work: Awaitable[object]) -> dict[str, Any]:
     """The report of the error that a request ends with."""
     try:
         return {"answered": str(await work)}
@@ -220,6 +220,21 @@ async def cancelled() -> dict[str, Any]:
         }
 
 
+async def closed() -> dict[str, Any]:
+    """What becomes of calls that are computed, or whose texts are cut up, while the model is closed."""
+    embedder = embedder_of(MODEL)
+    await embedder.probe()
+    steps = embedder.status().steps
+    computed = asyncio.create_task(embedder.embed(["word " * 250] * 320))
+    await after_step(embedder, steps)
+    cut_up = asyncio.create_task(embedder.embed(["word"]))
+    await asyncio.sleep(0)
+    await embedder.close()
+    async with asyncio.timeout(30):
+        refusals = [await refusal(call) for call in (computed, cut_up, embedder.embed(["word"]))]
+    return {"classes": [each.get("class") for each in refusals], "busy": embedder.status().busy_slots}
+
+
 async def long_calls() -> dict[str, Any]:
     """How much of a large call is computed before a small one that comes later."""
     async with started(MODEL, batch_size=2) as embedder:
@@ -363,6 +378,7 @@ FINDINGS: Sequence[Callable[[], Coroutine[Any, Any, Any]]] = (
     lengths,
     concurrent,
     cancelled,
+    closed,
     long_calls,
     failing_passes,
     ranking,

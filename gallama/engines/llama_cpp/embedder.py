@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,11 +52,18 @@ _USUAL_TOKENS = 8192
 # The same where logits are made of all tokens on the way: half a gigabyte for so many.
 _USUAL_TOKENS_WITH_LOGITS = 1024
 
+# Texts that are cut up in one go: a call that is given up costs no more than these.
+_TEXTS_AT_ONCE = 64
+
+# No text has so few tokens: one with more characters per token of the limit is not even cut up.
+_MAX_CHARACTERS_PER_TOKEN = 1000
+
 _SOME_TOKEN = 0
 
 # Their classifiers' numbers are probabilities already: of "yes", and of "no".
 _RANK_BY_PROBABILITY = ("qwen3", "qwen3vl")
 
+T = TypeVar("T")
 PairTokens = Callable[[str, str], list[int]]
 """The token ids that rank a document, from the query and the document."""
 
@@ -133,14 +141,14 @@ class LlamaCppEmbedder:
     async def embed(self, inputs: Sequence[str | Sequence[int]]) -> EmbeddedTexts:
         if self._pair_tokens is not None:
             raise UnsupportedValue("The model only ranks: ask it at /v1/rerank.", param="model")
-        texts = await asyncio.to_thread(self._read_inputs, inputs)
+        texts = await self._read(self._read_input, inputs)
         rows = await self._compute(texts)
         return EmbeddedTexts(vectors=_unit_rows(rows), tokens=sum(map(len, texts)))
 
     async def rerank(self, query: str, documents: Sequence[str]) -> RankedTexts:
         if self._pair_tokens is None:
             raise UnsupportedValue("The model does not rank: it makes vectors of texts.", param="model")
-        texts = await asyncio.to_thread(self._read_pairs, self._pair_tokens, query, documents)
+        texts = await self._read(partial(self._read_pair, self._pair_tokens, query), documents)
         rows = await self._compute(texts)
         return RankedTexts(scores=self._scores(rows), tokens=sum(map(len, texts)))
 
@@ -177,28 +185,49 @@ class LlamaCppEmbedder:
             return np.zeros((0, self._width), dtype=np.float32)
         return await asyncio.wrap_future(self._batches.submit(texts))
 
-    def _read_inputs(self, inputs: Sequence[str | Sequence[int]]) -> list[list[int]]:
-        """The token ids of each input, checked."""
-        texts = []
-        for index, given in enumerate(inputs):
-            name = f"input[{index}]"
-            if isinstance(given, str):
-                token_ids = self.tokenize(given, add_special_tokens=True)
-            else:
-                self._check_token_ids(given, name)
-                token_ids = list(given)
-            self._check_length(token_ids, name, "input")
-            texts.append(token_ids)
+    async def _read(self, read_one: Callable[[int, T], list[int]], inputs: Sequence[T]) -> list[list[int]]:
+        """The token ids of each input, from its index and itself.
+
+        Raises:
+            GallamaError: as `read_one`.
+        """
+
+        def read_part(indexes: range) -> list[list[int]]:
+            return [read_one(index, inputs[index]) for index in indexes]
+
+        texts: list[list[int]] = []
+        for start in range(0, len(inputs), _TEXTS_AT_ONCE):
+            indexes = range(start, min(start + _TEXTS_AT_ONCE, len(inputs)))
+            texts += await asyncio.to_thread(read_part, indexes)
         return texts
 
-    def _read_pairs(self, tokens_of: PairTokens, query: str, documents: Sequence[str]) -> list[list[int]]:
-        texts = []
-        for index, document in enumerate(documents):
-            with self._open_model():
-                token_ids = tokens_of(query, document)
-            self._check_length(token_ids, f"documents[{index}]", "documents", "with the query ")
-            texts.append(token_ids)
-        return texts
+    def _read_input(self, index: int, given: str | Sequence[int]) -> list[int]:
+        name = f"input[{index}]"
+        if isinstance(given, str):
+            self._check_characters(len(given), name, "input")
+            token_ids = self.tokenize(given, add_special_tokens=True)
+        else:
+            self._check_token_ids(given, name)
+            token_ids = list(given)
+        self._check_length(token_ids, name, "input")
+        return token_ids
+
+    def _read_pair(self, tokens_of: PairTokens, query: str, index: int, document: str) -> list[int]:
+        name = f"documents[{index}]"
+        self._check_characters(len(query) + len(document), name, "documents", "with the query ")
+        with self._open_model():
+            token_ids = tokens_of(query, document)
+        self._check_length(token_ids, name, "documents", "with the query ")
+        return token_ids
+
+    def _check_characters(self, characters: int, name: str, param: str, with_what: str = "") -> None:
+        """What can be said without cutting up a text."""
+        if characters > self.context_length * _MAX_CHARACTERS_PER_TOKEN:
+            raise TextTooLong(
+                f"`{name}` has {with_what}{characters} characters; the model takes {self.context_length}"
+                " tokens.",
+                param=param,
+            )
 
     def _check_token_ids(self, token_ids: Sequence[int], name: str) -> None:
         size = self._model.vocabulary_size

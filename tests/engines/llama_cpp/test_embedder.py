@@ -26,7 +26,7 @@ from gallama.errors import (
     UnsupportedValue,
     WorkerUnavailable,
 )
-from tests.engines.gguf_of_bert import write_gguf_of_bert
+from tests.engines.gguf_of_bert import write_gguf_of_bert, write_gguf_of_bytes
 
 CAT, KITTEN, STOCKS = "A cat sits on the mat.", "The kitten is lying on a rug.", "Shares fell at noon."
 TEXTS = [
@@ -223,6 +223,38 @@ async def test_the_longest_text_is_taken_and_a_longer_one_is_named(minilm: Llama
         await minilm.embed([CAT, CAT, CAT, word * 513])
     with pytest.raises(TextTooLong, match=r"`input\[1\]` has 602 tokens"):
         await minilm.embed([CAT, "word " * 600])
+
+
+async def test_a_text_with_far_too_many_characters_is_not_even_tokenized(minilm: LlamaCppEmbedder) -> None:
+    with pytest.raises(TextTooLong, match=r"`input\[1\]` has 512001 characters; the model takes 512 tokens"):
+        await minilm.embed([CAT, " " * 512_001])
+    assert (await minilm.embed([" " * 512_000])).tokens == 2
+
+
+async def test_a_text_may_have_more_tokens_than_bytes(load_embedder: LoadEmbedder, tmp_path: Path) -> None:
+    embedder = load_embedder(write_gguf_of_bytes(tmp_path / "bytes.gguf"))
+    blanks = embedder.tokenize("a" + " " * 20, add_special_tokens=False)
+    assert b"".join(embedder.token_texts(blanks)).endswith(b"a" + "\u2581".encode() * 20)
+
+
+async def test_a_call_that_is_given_up_is_not_tokenized_to_its_end(
+    minilm: LlamaCppEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized: list[str] = []
+    tokenize = minilm.tokenize
+
+    def counted(text: str, *, add_special_tokens: bool) -> list[int]:
+        tokenized.append(text)
+        return tokenize(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(minilm, "tokenize", counted)
+    call = asyncio.create_task(minilm.embed(["word " * 300] * 2048))
+    while not tokenized:  # noqa: ASYNC110 - the thread that tokenizes tells nobody
+        await asyncio.sleep(0.001)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert len(tokenized) < 1024
 
 
 @pytest.mark.parametrize("token_id", [-1, 30522, 2**40])
