@@ -8,7 +8,7 @@ import json
 import random
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -31,6 +32,8 @@ from transformers import (
     MistralForCausalLM,
     MptConfig,
     MptForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     T5Config,
@@ -43,7 +46,9 @@ from gallama.conversation import Constraint, ConstraintKind
 from gallama.engines.logits import log_probabilities
 from gallama.engines.transformers import TransformersEngine, load
 from gallama.engines.transformers.options import TransformersOptions
-from gallama.errors import GallamaError, InvalidConfig, ModelLoadFailed, WorkerUnavailable
+from gallama.engines.transformers.packing import Piece
+from gallama.engines.transformers.scheduler import MOST_SCORED_TOKENS
+from gallama.errors import GallamaError, InvalidConfig, ModelLoadFailed, NotEnoughMemory, WorkerUnavailable
 from gallama.generation import GeneratedChunk, GenerationRequest, SamplingSettings, State
 from tests.engines.tiny_llama import CONTEXT_LENGTH, save_tiny_llama, save_tiny_model, tiny_tokenizer
 
@@ -308,8 +313,9 @@ async def test_padding_behind_the_vocabulary_is_never_sampled(engine: Transforme
         SamplingSettings(temperature=1, top_p=1e-6),
         SamplingSettings(temperature=1, min_p=1.0),
         SamplingSettings(temperature=1e-4),
+        SamplingSettings(temperature=1e-300),
     ],
-    ids=["top_k", "top_p", "min_p", "temperature"],
+    ids=["top_k", "top_p", "min_p", "temperature", "least_temperature"],
 )
 async def test_every_way_to_sample_has_its_greedy_end(
     engine: TransformersEngine, settings: SamplingSettings
@@ -388,6 +394,37 @@ async def test_the_tokens_of_a_prompt_are_scored_where_that_is_asked_for(
     assert not any(chunk.sampled_tokens for chunk in chunks)
 
 
+async def test_a_long_prompt_is_scored_in_bounded_memory_where_it_is_read_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAMILIES["qwen 3 next, half of whose layers sum up"]
+    folder = save_tiny_model(tmp_path, *family[:2], **family[2])
+    engine = load(spec_for(folder), folder)
+    own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    rows: list[int] = []
+    compute = engine._model.compute
+
+    def count_rows(pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        rows.append(sum(piece.rows for piece in pieces))
+        return compute(pieces)
+
+    monkeypatch.setattr(engine._model, "compute", count_rows)
+    try:
+        prompt = engine.tokenize(TEXT * 3)
+        (first, *_) = await chunks_of(engine, prompt, max_tokens=0, logprobs=0, prompt_logprobs=True)
+    finally:
+        await engine.close()
+    with torch.inference_mode():
+        logits = own_model(torch.tensor([prompt])).logits[0, :, : len(engine.vocabulary.tokens)]
+    expected = [
+        log_probabilities(row.numpy(), token, 0).logprob
+        for row, token in zip(logits, prompt[1:], strict=False)
+    ]
+    found = [entry.logprob for entry in first.prompt_logprobs[1:] if entry]
+    assert found == pytest.approx(expected, abs=1e-2)
+    assert max(rows) <= MOST_SCORED_TOKENS < len(prompt)
+
+
 async def test_what_texts_have_in_common_is_computed_once(engine: TransformersEngine, own_model: Any) -> None:
     beginning = "A beginning that nothing else has: " + TEXT
     await text_of(engine, beginning + " one")
@@ -447,6 +484,109 @@ async def test_an_end_token_of_the_spec_ends_an_answer(path: Path) -> None:
         await engine.close()
 
 
+async def test_an_end_token_that_writes_text_cuts_no_constrained_answer(path: Path) -> None:
+    engine = load(spec_for(path, eos_token_list=["he"]), path)
+    try:
+        (token,) = engine.tokenize("he")
+        backend = LLGuidanceBackend(engine.vocabulary)
+        always = SamplingSettings(temperature=0, logit_bias={token: 1000})
+        state = start_state(backend, "regex", "the [a-z]{4} then [a-z]{10}")
+        assert re.fullmatch(
+            "the [a-z]{4} then [a-z]{10}", await text_of(engine, "x", sampling=always, state=state)
+        )
+        (*_, last) = await chunks_of(engine, "x", sampling=always)
+        assert (last.end, last.text) == ("stop", "")
+    finally:
+        await engine.close()
+
+
+def test_an_end_token_whose_text_nothing_else_writes_is_refused(path: Path) -> None:
+    with pytest.raises(ModelLoadFailed, match="',' ends an answer, and no other tokens write its text"):
+        load_with(path, eos_token_list=[","])
+
+
+def break_steps(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Sequence[Piece]], bool]
+) -> None:
+    """Let steps run out of memory in the middle, when half of them is in the caches."""
+    compute = engine._model.compute
+
+    def compute_or_break(pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        rows = compute(pieces)
+        if breaks(pieces):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows
+
+    monkeypatch.setattr(engine._model, "compute", compute_or_break)
+
+
+async def test_texts_that_are_too_much_together_are_answered_one_after_the_other(
+    path: Path, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prompts(8, longest=40)
+    expected = [await text_of(engine, prompt, sampling=ENDLESS) for prompt in asked]
+    small = load(spec_for(path), path)
+    try:
+        break_steps(small, monkeypatch, lambda pieces: len(pieces) > 2)
+        answers = await asyncio.gather(*(text_of(small, prompt, sampling=ENDLESS) for prompt in asked))
+        assert answers == expected
+    finally:
+        await small.close()
+
+
+async def test_memory_that_runs_out_for_one_text_ends_that_one_alone(
+    path: Path,
+    engine: TransformersEngine,
+    backend: LLGuidanceBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def constrained() -> State:
+        return start_state(backend, "regex", "[a-z]{3} and [a-z]{20}")
+
+    asked = prompts(6, longest=20)
+    expected = [await text_of(engine, prompt, state=constrained()) for prompt in asked]
+    small = load(spec_for(path), path)
+    try:
+        break_steps(small, monkeypatch, lambda pieces: any(len(piece.token_ids) > 150 for piece in pieces))
+        good = [text_of(small, prompt, state=constrained()) for prompt in asked]
+        *answers, error = await asyncio.gather(*good, text_of(small, TEXT * 10), return_exceptions=True)
+        assert answers == expected
+        assert isinstance(error, NotEnoughMemory)
+        assert small.status().busy_slots == 0
+    finally:
+        await small.close()
+
+
+async def test_a_model_that_computes_nothing_any_more_is_told_to_all(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(spec_for(path), path)
+    try:
+        break_steps(engine, monkeypatch, lambda _: True)
+        answers = [text_of(engine, prompt) for prompt in prompts(3, longest=20)]
+        results = await asyncio.gather(*answers, engine.probe(), return_exceptions=True)
+        assert [type(result) for result in results] == [NotEnoughMemory] * 3 + [GallamaError]
+    finally:
+        await engine.close()
+
+
+async def test_what_broke_is_not_taken_over_by_later_texts(
+    path: Path, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "The end: " + TEXT
+    small = load(spec_for(path), path)
+    try:
+        with monkeypatch.context() as broken:
+            break_steps(small, broken, lambda pieces: len(pieces[0].token_ids) == 1)
+            with pytest.raises(NotEnoughMemory):
+                await text_of(small, prompt)
+        again = await chunks_of(small, prompt)
+        assert again[0].cached_prompt_tokens == 0
+        assert "".join(chunk.text for chunk in again) == await text_of(engine, prompt)
+    finally:
+        await small.close()
+
+
 async def test_a_step_that_breaks_is_told_and_the_next_answer_comes(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,6 +616,14 @@ async def test_a_model_that_computes_no_numbers_is_found_out(path: Path) -> None
             await engine.probe()
     finally:
         await engine.close()
+
+
+def test_a_model_that_computes_no_numbers_from_the_start_is_refused(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights["lm_head.weight"].fill_(torch.nan)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadFailed, match=r"computes no numbers in torch\.float32"):
+        load_with(copy)
 
 
 async def test_a_probe_is_a_step_and_no_answer(engine: TransformersEngine) -> None:
@@ -566,6 +714,35 @@ async def test_arguments_are_honoured(path: Path) -> None:
         assert await text_of(engine, "Hello")
     finally:
         await engine.close()
+
+
+def save_long_rope(folder: Path) -> Path:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    return save_tiny_model(
+        folder,
+        Phi3ForCausalLM,
+        Phi3Config,
+        original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+    )
+
+
+async def test_a_model_with_long_rope_ends_where_its_positions_would_change(tmp_path: Path) -> None:
+    folder = save_long_rope(tmp_path)
+    engine = load(spec_for(folder), folder)
+    own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    try:
+        assert engine.context_length == 64
+        prompt = "x" * 30
+        assert await text_of(engine, prompt) == own_text(own_model, engine, prompt)
+    finally:
+        await engine.close()
+
+
+def test_more_than_long_rope_allows_is_refused(tmp_path: Path) -> None:
+    folder = save_long_rope(tmp_path)
+    with pytest.raises(InvalidConfig, match="at most 64 tokens, beyond which LongRoPE"):
+        load_with(folder, max_seq_len=128)
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:

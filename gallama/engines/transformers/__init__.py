@@ -21,6 +21,7 @@ from gallama.engines.transformers.loading import (
     load_config,
     load_tokens,
     load_weights,
+    longest_text,
 )
 from gallama.engines.transformers.options import (
     TransformersOptions,
@@ -49,8 +50,7 @@ def load(
     options = read_options(spec)
     config = load_config(path, options)
     tokens = load_tokens(path, config, spec, options)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = choose_context_length(spec, positions)
+    length = choose_context_length(spec, longest_text(config, spec))
     model = load_weights(
         path, config, spec, options, lambda fraction: report_progress(_PART_OF_WEIGHTS * fraction)
     )
@@ -85,7 +85,7 @@ class TransformersEngine:
 
     def _scheduler_options(self, spec: ModelSpec, options: TransformersOptions) -> SchedulerOptions:
         vocabulary = self.vocabulary
-        named = set(vocabulary.control_tokens.values())
+        named = {*vocabulary.control_tokens.values(), *vocabulary.end_token_ids}
         unused = [token for token, text in enumerate(vocabulary.tokens) if not text and token not in named]
         start = vocabulary.start_token_id
         return SchedulerOptions(

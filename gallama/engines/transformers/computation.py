@@ -49,7 +49,8 @@ class CausalModel:
         """Compute a token, and see that the model works as this engine needs it.
 
         Raises:
-            ModelLoadFailed: it does not keep what it has computed, or has too few logits.
+            ModelLoadFailed: it computes no numbers, does not keep what it has computed, or has too few
+                logits.
         """
         text = [token_id, 1, 2]
         try:
@@ -61,6 +62,11 @@ class CausalModel:
             raise ModelLoadFailed(
                 f"The model's code cannot be run with a cache of transformers: {error}"
             ) from error
+        if not torch.isfinite(whole.max()):
+            raise ModelLoadFailed(
+                f"The model computes no numbers in {whole.dtype}; set another `backend_extra_args.dtype`,"
+                " as in `float32`."
+            )
         # Rounding moves logits, too; what was forgotten moves them far more.
         if (logits - whole).norm() > (forgotten - whole).norm() / 2:
             raise ModelLoadFailed(

@@ -63,6 +63,32 @@ def load_config(path: Path, options: TransformersOptions) -> Any:
     return config
 
 
+def longest_text(config: Any, spec: ModelSpec) -> int | None:
+    """How many positions the model has for a text; None: its config does not say.
+
+    With LongRoPE all positions of a text change their meaning once it grows beyond what the model was first
+    trained for: what was computed of it is worth nothing then, and texts in one row would change each other.
+
+    Raises:
+        InvalidConfig: `max_seq_len` goes beyond that.
+    """
+    described = config.get_text_config()
+    positions: int | None = getattr(described, "max_position_embeddings", None)
+    rope = getattr(described, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]
+    ends = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    if not ends:
+        return positions
+    longest: int = min(ends)
+    if spec.max_seq_len is not None and spec.max_seq_len > longest:
+        raise InvalidConfig(
+            f"`max_seq_len` is {spec.max_seq_len}; the transformers backend runs this model with texts of at"
+            f" most {longest} tokens, beyond which LongRoPE changes all positions of a text. For longer"
+            " ones use a GGUF file of it."
+        )
+    return longest
+
+
 def load_tokens(path: Path, config: Any, spec: ModelSpec, options: TransformersOptions) -> Tokens:
     """The tokenizer of the folder.
 
@@ -244,15 +270,11 @@ def _reported(report_progress: ReportProgress) -> Iterator[None]:
     def make_bar(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return library_logging.EmptyTqdm(*(_counted(part, report_progress) for part in args[:1]), **kwargs)
 
-    set_hook = getattr(library_logging, "set_tqdm_hook", None)
-    if set_hook is None:  # an older version draws them
-        yield
-        return
-    earlier = set_hook(make_bar)
+    earlier = library_logging.set_tqdm_hook(make_bar)
     try:
         yield
     finally:
-        set_hook(earlier)
+        library_logging.set_tqdm_hook(earlier)
 
 
 def _counted(items: Iterable[Any], report_progress: ReportProgress) -> Iterator[Any]:

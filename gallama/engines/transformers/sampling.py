@@ -26,6 +26,8 @@ from gallama.errors import GallamaError
 from gallama.generation import SamplingSettings
 
 _SEED_BITS = 63
+# So low that only the likeliest token is left, and not so low that float32 overflows.
+_LEAST_TEMPERATURE = 1e-30
 
 
 class Sampler:
@@ -95,6 +97,7 @@ class Sampler:
             raise GallamaError("The model computes no numbers; the answer cannot go on.")
         if self._is_greedy:
             return int(token)
+        scores = scores - best  # changes no probability, and what is divided by the temperature stays finite
         for warper in self._warpers:
             scores = warper(torch.empty(0, dtype=torch.long), scores)
         probabilities = torch.softmax(scores[0], dim=0)
@@ -160,7 +163,7 @@ def _warpers(settings: SamplingSettings) -> list[LogitsProcessor]:
     if settings.min_p:
         warpers.append(MinPLogitsWarper(settings.min_p))
     if settings.temperature and settings.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+        warpers.append(TemperatureLogitsWarper(max(float(settings.temperature), _LEAST_TEMPERATURE)))
     return warpers
 
 

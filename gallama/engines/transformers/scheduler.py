@@ -3,7 +3,8 @@
 A slot's tokens are those of its prompt and answer so far; what of them is not yet in its cache is pending.
 Reading a prompt, appending a sampled token and appending a run that the grammar forced are all the same
 thing: pending tokens go into the next step. When the caches together grow too large, the youngest text loses
-its own and is computed anew when there is room.
+its own and is computed anew when there is room. When a step breaks, all lose theirs, and the oldest text is
+computed alone: only what breaks by itself ends in an error.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from gallama.engines.transformers.computation import CausalModel
 from gallama.engines.transformers.kept_texts import ComputedText, KeptTexts, common_prefix
 from gallama.engines.transformers.packing import Piece
 from gallama.engines.transformers.sampling import Sampler
-from gallama.errors import ConstraintFailed, GallamaError, WorkerUnavailable
+from gallama.errors import ConstraintFailed, GallamaError, NotEnoughMemory, WorkerUnavailable
 from gallama.generation import EngineStatus, GenerationRequest, State, TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -207,16 +208,17 @@ class Scheduler:
                 return
             checked.set_result(None)
             while not self._is_closing:
+                steps = self._counts.steps
                 try:
                     self._receive()
                     self._drop_cancelled()
                     self._admit()
                     self._step()
-                except BaseException:  # this thread must outlive every bug: nobody would answer any more
+                except BaseException as error:  # this thread must outlive every bug, or nobody answers
                     logger.exception("a step broke; %d answers are lost", len(self._slots))
-                    self._start_over(GallamaError("The answer could not be generated any further."))
+                    self._start_over(_as_told(error))
                 self._publish()
-                self._answer_probes()
+                self._answer_probes(has_computed=self._counts.steps > steps)
             self._end_all()
 
     def _end_all(self) -> None:
@@ -327,7 +329,9 @@ class Scheduler:
         if not parts or not self._make_room(sum(len(part.token_ids) for part in parts)):
             return
         start = time.perf_counter()
-        rows = self._model.compute([Piece(part.slot.cache, part.token_ids, rows=part.rows) for part in parts])
+        rows = self._compute(parts)
+        if rows is None:
+            return
         whole = [part.slot for part in parts if part.is_last]
         self._counts.steps += 1
         for part in parts:
@@ -340,6 +344,35 @@ class Scheduler:
                     partial(self._use_logits, part.slot, logits, mask_row), partial(self._finish, part.slot)
                 )
         self._cost.record(sum(len(part.token_ids) for part in parts), time.perf_counter() - start)
+
+    def _compute(self, parts: Sequence[_Part]) -> list[torch.Tensor] | None:
+        """The logits of each part; None: that broke, be it for want of memory, so plan again."""
+        try:
+            return self._model.compute(
+                [Piece(part.slot.cache, part.token_ids, rows=part.rows) for part in parts]
+            )
+        except Exception as error:
+            logger.exception("a step with %d answers broke", len(parts))
+            told = _as_told(error)
+        # Only here, where nobody holds the tensors of the broken step any more.
+        self._go_on_alone(told)
+        return None
+
+    def _go_on_alone(self, error: GallamaError) -> None:
+        """After a step that broke: the oldest text is computed anew, alone, until it has ended.
+
+        One that breaks alone ends in the error.
+        """
+        oldest, *others = self._slots
+        if not others:
+            self._finish(oldest, error)
+        for slot in self._slots:  # half of the step may be in its cache
+            slot.cache, slot.computed = self._model.new_cache(), 0
+        for slot in reversed(others):
+            self._slots.remove(slot)
+            self._preempted.appendleft(slot)
+        self._room_was_freed = False
+        self._kept.clear()
 
     def _plan(self) -> list[_Part]:
         """Who gets how much of the next step: writers all they need, then readers, in order."""
@@ -363,7 +396,9 @@ class Scheduler:
 
     def _part(self, slot: _Slot, most_tokens: int) -> _Part:
         if not self._model.reads_in_pieces:
-            most_tokens = 1 if slot.computed else slot.pending_count
+            # What is scored takes a row of logits for each token, too many for all of a long prompt.
+            first = most_tokens if slot.is_scoring else slot.pending_count
+            most_tokens = 1 if slot.computed else first
         return _Part(slot, slot.token_ids[slot.computed : slot.computed + most_tokens])
 
     def _make_room(self, tokens: int) -> bool:
@@ -489,17 +524,17 @@ class Scheduler:
             self._threads = threads
             torch.set_num_threads(threads)
 
-    def _answer_probes(self) -> None:
+    def _answer_probes(self, *, has_computed: bool) -> None:
         probes, self._probes = self._probes, []
         for probe in probes:
-            _answer(probe, None if self._slots else self._computes())
+            _answer(probe, None if has_computed else self._computes())
 
     def _computes(self) -> BaseException | None:
         """Compute a token while there is nothing else to do; what went wrong with it."""
         try:
             self._take_cores()
             piece = Piece(self._model.new_cache(), [self._options.probe_token_id], rows=1)
-            if not torch.isfinite(self._model.compute([piece])[0]).all():
+            if not torch.isfinite(self._model.compute([piece])[0].max()):  # -inf: a token it never says
                 raise GallamaError("it computes no numbers")
         except BaseException as error:
             logger.exception("a token for nobody could not be computed")
@@ -513,9 +548,9 @@ class Scheduler:
             action()
         except GallamaError as error:
             fail(error)
-        except BaseException:
+        except BaseException as error:
             logger.exception("an answer broke")
-            fail(GallamaError("The answer could not be generated any further."))
+            fail(_as_told(error))
 
     def _start_over(self, error: GallamaError) -> None:
         """Give up what is under way, and all that was computed; what waits is not touched."""
@@ -539,6 +574,14 @@ def _answer(probe: Future[None], error: BaseException | None) -> None:
         probe.set_result(None)
     else:
         probe.set_exception(GallamaError(f"The model cannot be computed: {error}"))
+
+
+def _as_told(error: BaseException) -> GallamaError:
+    """What a client is told of something that broke; the log has it in full."""
+    # PyTorch has no class of its own for too little memory beside the GPU.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+        return NotEnoughMemory("There is too little memory to compute this answer any further.")
+    return GallamaError("The answer could not be generated any further.")
 
 
 def _must_repeat(request: GenerationRequest) -> bool:

@@ -100,15 +100,18 @@ class TokenizerFile:
 def read_vocabulary(file: TokenizerFile, *, end_tokens: Sequence[int]) -> Vocabulary:
     """
     Args:
-        end_tokens: what ends an answer, the one that the model prefers first; each a control token.
+        end_tokens: what ends an answer, the one that the model prefers first. One that is no control token
+            writes nothing any more: inside an answer its text is written with other tokens.
 
     Raises:
-        ModelLoadFailed: there are none, or tokens cannot be read as bytes.
+        ModelLoadFailed: there are none, no other tokens write their texts, or tokens cannot be read as bytes.
     """
     if not end_tokens:
         raise ModelLoadFailed("The model has no token that ends an answer; name one in `eos_token_list`.")
-    texts = file.token_bytes()
-    encode = _encoder(file, texts)
+    written_texts = file.token_bytes()
+    ends = {token: written_texts[token] for token in end_tokens if written_texts[token]}
+    texts = tuple(b"" if token in ends else text for token, text in enumerate(written_texts))
+    encode = _encoder(file, texts, ends)
     for sample in _SAMPLES:
         written = b"".join(texts[token] for token in encode(sample.encode()))
         if written != sample.encode():
@@ -140,16 +143,33 @@ def token_named(file: TokenizerFile, text: str) -> int:
     return token_ids[0]
 
 
-def _encoder(file: TokenizerFile, texts: Sequence[bytes]) -> Callable[[bytes], list[int]]:
-    """Tokenization of bytes: what is no whole character is written byte by byte."""
+def _encoder(
+    file: TokenizerFile, texts: Sequence[bytes], ends: Mapping[int, bytes]
+) -> Callable[[bytes], list[int]]:
+    """Tokenization of bytes: what is no whole character is written byte by byte.
+
+    Args:
+        ends: tokens that are not to be used, with their texts; these are written byte by byte, too.
+
+    Raises:
+        ModelLoadFailed: a byte of them has no other token.
+    """
     single_bytes = {text[0]: token for token, text in enumerate(texts) if len(text) == 1}
+    for text in ends.values():
+        if not set(text) <= set(single_bytes):
+            raise ModelLoadFailed(
+                f"The token {text.decode(errors='replace')!r} ends an answer, and no other tokens write its"
+                " text: constraints could not be held. Leave it out of `eos_token_list`; requests have"
+                " `stop`."
+            )
+    instead = {token: [single_bytes[byte] for byte in text] for token, text in ends.items()}
 
     def encode(text: bytes) -> list[int]:
         return [token for part in _whole_characters(text) for token in encode_part(part)]
 
     def encode_part(part: str | bytes) -> list[int]:
         if isinstance(part, str):
-            return file.encode(part)
+            return [token for whole in file.encode(part) for token in instead.get(whole, (whole,))]
         return [single_bytes[byte] for byte in part if byte in single_bytes]
 
     return encode
