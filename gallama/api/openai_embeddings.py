@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import logging
 import sys
 from array import array
 from collections.abc import Iterator
@@ -14,7 +16,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
+from gallama.api import server_sent_events
 from gallama.api.client_presence import unless_client_left
 from gallama.api.request_bodies import StrictBody, TokenIds, read_body
 from gallama.api.request_id import request_id_of
@@ -23,6 +27,8 @@ from gallama.api.tickets import model_to_ask, ticket_of
 from gallama.config import ServerConfig
 from gallama.embedding import Embeddings, EmbedRequest
 from gallama.pool.pool import WorkerPool
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter()
 
@@ -77,7 +83,24 @@ def _to_answer(embeddings: Embeddings, model: str, encoding_format: EncodingForm
     pieces = to_json(embeddings, model, encoding_format)
     if sum(map(len, embeddings.vectors)) <= _WHOLE_ANSWER_BYTES:
         return Response(b"".join(pieces), media_type="application/json")
-    return StreamingResponse(pieces, media_type="application/json")
+    return PiecewiseResponse(pieces, media_type="application/json")
+
+
+class PiecewiseResponse(StreamingResponse):
+    """An answer that is made while it is read. A client that takes nothing of it for long, though it has not
+    hung up, is left: what its answer is made of takes room."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seconds = server_sent_events.UNREAD_SECONDS
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(seconds):
+                await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            logger.info("An answer ends: its client has read nothing for %.0f s.", seconds)
 
 
 def to_json(embeddings: Embeddings, model: str, encoding_format: EncodingFormat) -> Iterator[bytes]:

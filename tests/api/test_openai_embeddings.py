@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -21,7 +22,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import CreateEmbeddingResponse
 
-from gallama.api.openai_embeddings import MAX_INPUTS, EmbeddingsBody, to_json
+from gallama.api import server_sent_events
+from gallama.api.openai_embeddings import MAX_INPUTS, EmbeddingsBody, PiecewiseResponse, to_json
 from gallama.api.request_bodies import MAX_TOKENS
 from gallama.api.rerank import MAX_DOCUMENTS, RerankBody
 from gallama.embedding import Embeddings
@@ -369,6 +371,38 @@ class TestWriting:
         for row, as_numbers, as_text in zip(rows, numbers["data"], texts["data"], strict=True):
             assert as_numbers["embedding"] == unpacked(as_text["embedding"])
             assert struct.pack("<24f", *as_numbers["embedding"]) == row
+
+
+class TestReading:
+    """Of an answer that is made while it is read, by a client that never hangs up."""
+
+    async def test_a_client_that_reads_no_more_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(server_sent_events, "UNREAD_SECONDS", 0.05)
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if len(sent) == 3:
+                await asyncio.Event().wait()
+
+        await asyncio.wait_for(PiecewiseResponse(iter([b"a"] * 9))({"type": "http"}, stay, send), 5)
+        assert len(sent) == 3
+
+    async def test_a_client_that_reads_slowly_gets_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(server_sent_events, "UNREAD_SECONDS", 0.5)
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0.06)
+            sent.append(message)
+
+        await PiecewiseResponse(iter([b"a"] * 9))({"type": "http"}, stay, send)
+        assert b"".join(message.get("body", b"") for message in sent) == b"a" * 9
+        assert sent[-1]["more_body"] is False
+
+
+async def stay() -> Any:
+    await asyncio.Event().wait()
 
 
 def test_the_document_names_the_fields_and_the_limits_that_hold() -> None:
