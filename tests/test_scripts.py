@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"])
 NO_AMX = ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
 
-# Makes a virtual environment of itself, and notes what it is to install, and with which options. What it installs
-# as `gallama` notes which environment it is to build, and where.
+# Makes a virtual environment of itself, and notes what it is to install, and with which options. What it
+# installs as `gallama` notes which environment it is to build, and where.
 PYTHON = """\
 #!/bin/sh
 case "$*" in

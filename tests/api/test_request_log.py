@@ -31,7 +31,8 @@ def test_each_request_is_one_line_with_its_id(start_gateway: StartGateway) -> No
     gateway.post(body_for("echo"), headers={"x-request-id": "mine-1"})
     line = wait_for_line(gateway, "outcome=completed")
     assert re.search(
-        r" INFO \[mine-1\] gallama\.api\.request_log: operation=chat model=echo instance=1 outcome=completed ",
+        r" INFO \[mine-1\] gallama\.api\.request_log:"
+        r" operation=chat model=echo instance=1 outcome=completed ",
         line,
     )
     assert re.search(r" completion_tokens=9 .* seconds=\d", line)

@@ -63,7 +63,8 @@ class FakeWorker:
 
     async def stop(self) -> None:
         await self._launcher.may_stop.wait()
-        await asyncio.wait({self._address})  # a server that is cancelled while it starts leaves its socket open
+        # A server that is cancelled while it starts leaves its socket open.
+        await asyncio.wait({self._address})
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
         self._launcher.stopped += 1

@@ -143,7 +143,8 @@ class FakeWorker:
         return await asyncio.shield(self._died)
 
     async def stop(self) -> None:
-        await asyncio.wait({self._address})  # a server that is cancelled while it starts leaves its socket open
+        # A server that is cancelled while it starts leaves its socket open.
+        await asyncio.wait({self._address})
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
 
