@@ -45,6 +45,7 @@ from gallama.constraints import AnswerSpec, LLGuidanceBackend, admit_constraints
 from gallama.conversation import Constraint, ConstraintKind
 from gallama.engines.logits import log_probabilities
 from gallama.engines.transformers import TransformersEngine, load
+from gallama.engines.transformers.computation import CausalModel
 from gallama.engines.transformers.options import TransformersOptions
 from gallama.engines.transformers.packing import Piece
 from gallama.engines.transformers.scheduler import MOST_SCORED_TOKENS
@@ -433,6 +434,14 @@ async def test_what_texts_have_in_common_is_computed_once(engine: TransformersEn
     assert "".join(chunk.text for chunk in again) == own_text(own_model, engine, beginning + " two")
 
 
+async def test_a_text_that_a_longer_one_goes_on_with_is_not_kept_twice(engine: TransformersEngine) -> None:
+    prompt = "Kept only once: " + TEXT
+    await chunks_of(engine, prompt, max_tokens=10, sampling=ENDLESS)
+    before = engine.status().cached_tokens
+    await chunks_of(engine, prompt, max_tokens=1, sampling=ENDLESS)
+    assert engine.status().cached_tokens == before
+
+
 async def test_the_same_prompt_asked_often_at_once_is_read_once(engine: TransformersEngine) -> None:
     prompt = "Asked often at once: " + TEXT * 3
     answers = await asyncio.gather(*(chunks_of(engine, prompt) for _ in range(6)))
@@ -616,6 +625,17 @@ async def test_a_model_that_computes_no_numbers_is_found_out(path: Path) -> None
             await engine.probe()
     finally:
         await engine.close()
+
+
+def test_a_model_that_leaves_no_memory_to_compute_with_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CausalModel, "check", run_out)
+    with pytest.raises(NotEnoughMemory, match="too little memory"):
+        load_with(path)
 
 
 def test_a_model_that_computes_no_numbers_from_the_start_is_refused(copy: Path) -> None:

@@ -22,6 +22,7 @@ from gallama.engines.transformers.loading import (
     load_tokens,
     load_weights,
     longest_text,
+    naming,
 )
 from gallama.engines.transformers.options import (
     TransformersOptions,
@@ -45,7 +46,7 @@ def load(
         InvalidConfig: the spec asks for what the model or this engine cannot do.
         MissingExtra: the model needs a library that is not there.
         ModelLoadFailed: the folder holds no model that this engine runs.
-        NotEnoughMemory: it does not fit the GPUs.
+        NotEnoughMemory: it does not fit the GPUs, or they have no room left to compute a token.
     """
     options = read_options(spec)
     config = load_config(path, options)
@@ -54,7 +55,8 @@ def load(
     model = load_weights(
         path, config, spec, options, lambda fraction: report_progress(_PART_OF_WEIGHTS * fraction)
     )
-    return TransformersEngine(model, tokens, spec, options, context_length=length)
+    with naming(path):
+        return TransformersEngine(model, tokens, spec, options, context_length=length)
 
 
 class TransformersEngine:

@@ -36,7 +36,11 @@ class KeptTexts:
             self._texts.append(text)
 
     def keep(self, text: ComputedText) -> None:
-        """Add a text; those that it goes on with are in it."""
+        """Add a text, unless another goes on with it; those that it goes on with are in it."""
+        longer = self.most_alike(text.token_ids)
+        if longer is not None and longer.token_ids[: len(text.token_ids)] == text.token_ids:
+            self.use(longer)
+            return
         self._texts = [
             other
             for other in self._texts

@@ -46,7 +46,7 @@ def load_config(path: Path, options: TransformersOptions) -> Any:
         ModelLoadFailed: the folder holds no model that generates text, or none in safetensors files.
     """
     _check_files(path)
-    with _naming(path):
+    with naming(path):
         config, unused = transformers.AutoConfig.from_pretrained(
             path,
             local_files_only=True,
@@ -96,7 +96,7 @@ def load_tokens(path: Path, config: Any, spec: ModelSpec, options: TransformersO
         InvalidConfig: `eos_token_list` names what is no token.
         ModelLoadFailed: there is no fast tokenizer, or it cannot be read.
     """
-    with _naming(path):
+    with naming(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=options.trust_remote_code
         )
@@ -128,7 +128,7 @@ def load_weights(
     where = placement(spec, options, gpus=torch.cuda.device_count())
     if where and not is_accelerate_available():
         raise MissingExtra("The transformers backend needs accelerate to put a model onto a GPU.")
-    with _naming(path), _reported(report_progress):
+    with naming(path), _reported(report_progress):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -213,7 +213,7 @@ def _end_tokens(path: Path, config: Any, tokenizer: Any, extra: Sequence[int]) -
 def _generation_config(path: Path) -> Any:
     if not (path / "generation_config.json").is_file():
         return None
-    with _naming(path):
+    with naming(path):
         return transformers.GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
 
 
@@ -249,7 +249,7 @@ def _check_devices(model: Any, options: TransformersOptions) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """What the library raises, whatever it is, as our error."""
     try:
         yield
