@@ -239,10 +239,11 @@ class ModelSpec(ConfigModel):
     """How to sample where a request is silent: temperature, top_p, top_k, min_p, repetition_penalty,
     frequency_penalty, presence_penalty."""
     backend_extra_args: Annotated[ExtraArguments, Field(examples=[{"n_batch": 512}])] = {}
-    """Arguments for the engine's loader; it refuses those that it does not know. Those of llama_cpp stand in
-    docs/llama_cpp_settings.md."""
+    """Arguments for the engine's loader; it refuses those that it does not know. They stand in
+    docs/llama_cpp_settings.md, docs/transformers.md and docs/embeddings.md."""
     python: Annotated[Text | None, Field(examples=["/path/to/venv/bin/python"])] = None
-    """The Python interpreter of the worker, for an engine with an environment of its own."""
+    """The Python interpreter of the worker, for an engine with an environment of its own.
+    Default: the one that `gallama setup` has built for the backend, else the server's own."""
     tp: bool = False
     """Split every layer over all GPUs (tensor parallel)."""
     speculative: Speculative | None = None

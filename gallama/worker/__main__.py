@@ -1,4 +1,7 @@
-"""`python -m gallama.worker`: load the model that standard input names, answer until the gateway is gone."""
+"""The worker's process: load the model that standard input names, answer until the gateway is gone.
+
+`gallama.bootstrap` runs it, in the Python that has the engine.
+"""
 
 from __future__ import annotations
 
