@@ -44,8 +44,7 @@ class EmbedRunner:
             case TokenizeRequest():
                 return await asyncio.to_thread(self._tokenize, request)
             case DetokenizeRequest():
-                texts = self._embedder.token_texts(request.token_ids)
-                return DetokenizedText(text=b"".join(texts).decode(errors="replace"))
+                return await asyncio.to_thread(self._detokenize, request)
 
     async def _embed(self, request: EmbedRequest) -> Embeddings:
         self._check_dimensions(request.dimensions)
@@ -81,6 +80,10 @@ class EmbedRunner:
             token_texts=tuple(text.decode(errors="replace") for text in texts),
             context_length=self._embedder.context_length,
         )
+
+    def _detokenize(self, request: DetokenizeRequest) -> DetokenizedText:
+        texts = self._embedder.token_texts(request.token_ids)
+        return DetokenizedText(text=b"".join(texts).decode(errors="replace"))
 
 
 def _check_finite(numbers: NDArray[np.float32] | Sequence[float]) -> None:

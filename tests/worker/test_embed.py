@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Literal
 
@@ -127,6 +129,22 @@ async def test_tokens_are_told_and_read() -> None:
         DetokenizeRequest(request_id="r", model="m", token_ids=(104, 0xC3, 0xA9))
     )
     assert detokenized == DetokenizedText(text="hé")
+
+
+async def test_others_go_on_while_a_million_tokens_become_a_text() -> None:
+    class Long(FourDimensions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.others_went_on = threading.Event()
+
+        def token_texts(self, token_ids: Sequence[int]) -> list[bytes]:
+            return [b"yes" if self.others_went_on.wait(5) else b"no"]
+
+    embedder = Long()
+    request = DetokenizeRequest(request_id="r", model="m", token_ids=(1,))
+    reading = asyncio.create_task(EmbedRunner(embedder).reply(request))
+    asyncio.get_running_loop().call_later(0.05, embedder.others_went_on.set)
+    assert await reading == DetokenizedText(text="yes")
 
 
 async def test_messages_are_refused() -> None:
