@@ -9,8 +9,8 @@ that cannot be honoured is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -43,6 +43,7 @@ from gallama.config.model_spec import ModelType
 from gallama.conversation import AnswerText, ChatEvent, ChatRequest, Failure, RawPrompt
 from gallama.embedding import Embeddings, EmbedRequest
 from gallama.errors import (
+    GallamaError,
     InvalidRequest,
     ModelNotFound,
     ReportedError,
@@ -168,7 +169,8 @@ async def generate(http_request: Request) -> Response:
     pool: WorkerPool = http_request.app.state.pool
     ticket = ticket_of(http_request)
     request = await _read_request(http_request, ticket, streams=False)
-    reply = await unless_client_left(http_request.receive, collect(pool, request, ticket))
+    with _named_as_sent(_in_params):
+        reply = await unless_client_left(http_request.receive, collect(pool, request, ticket))
     return JSONResponse(reply.choices[0].text, headers=guarantee_header(reply))
 
 
@@ -178,7 +180,8 @@ async def stream_generated(http_request: Request) -> Response:
     pool: WorkerPool = http_request.app.state.pool
     ticket = ticket_of(http_request)
     request = await _read_request(http_request, ticket, streams=True)
-    asking = await unless_client_left(http_request.receive, accepted(pool.chat(request, ticket)))
+    with _named_as_sent(_in_params):
+        asking = await unless_client_left(http_request.receive, accepted(pool.chat(request, ticket)))
     return EventStream(
         _texts(asking.events()),
         encode=to_text_event,
@@ -199,7 +202,8 @@ async def embed(http_request: Request) -> Response:
         model=_model_to_ask(http_request, body.model, "embedding"),
         inputs=(body.text,),
     )
-    embeddings = await unless_client_left(http_request.receive, pool.ask(request, ticket))
+    with _named_as_sent(lambda param: "text" if param == "input" else param):
+        embeddings = await unless_client_left(http_request.receive, pool.ask(request, ticket))
     assert isinstance(embeddings, Embeddings), "what embeds answers with vectors"
     return Response(to_numbers(embeddings.vectors[0]), media_type="application/json")
 
@@ -216,6 +220,29 @@ async def check(http_request: Request) -> str:
     raise WorkerUnavailable("A model is not loaded yet, or cannot be; GET /ready tells which.")
 
 
+@contextmanager
+def _named_as_sent(place_of: Callable[[str], str]) -> Iterator[None]:
+    """Have errors name the place that a value has in the bodies of these paths, which is not that of /v1.
+
+    Args:
+        place_of: makes it of the other.
+    """
+    try:
+        yield
+    except GallamaError as error:
+        report = error.report()
+        if report.param is None:
+            raise
+        place = place_of(report.param)
+        message = report.message.replace("`input[0]`", "`text`")
+        raise ReportedError(msgspec.structs.replace(report, param=place, message=message)) from None
+
+
+def _in_params(param: str) -> str:
+    is_beside_them = param in GenerateBody.model_fields or param.startswith("params.")
+    return param if is_beside_them else f"params.{param}"
+
+
 async def _read_request(http_request: Request, ticket: Ticket, *, streams: bool) -> ChatRequest:
     """What a request means with the model that answers.
 
@@ -227,7 +254,8 @@ async def _read_request(http_request: Request, ticket: Ticket, *, streams: bool)
     body = await read_body(http_request, GenerateBody, max_bytes=config.max_body_bytes)
     name = _same(**{"model": body.model or None, "params.model": body.params.model or None})
     model = _model_to_ask(http_request, name or "", "llm")
-    request = to_chat_request(body, request_id=request_id_of(http_request), model=model, streams=streams)
+    with _named_as_sent(_in_params):
+        request = to_chat_request(body, request_id=request_id_of(http_request), model=model, streams=streams)
     max_length = body.params.max_length
     if max_length is None or _named_limit(body.params) is not None:
         return request

@@ -261,7 +261,27 @@ def test_a_constrained_answer_carries_its_guarantee(simple: Any) -> None:
 
 def test_a_refused_stream_is_a_status(simple: Any) -> None:
     answer = post(simple, "/agenerate", {"prompt": "a", "params": {"regex_pattern": "(["}})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "regex_pattern")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "params.regex_pattern")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/generate", {"prompt": "a", "params": {"regex_pattern": "(["}}, "params.regex_pattern"),
+        ("/generate", {"prompt": "a", "params": {"stop": [str(n) for n in range(99)]}}, "params.stop"),
+        ("/generate", {"prompt": "a", "params": {"suffix": "b"}}, "params.suffix"),
+        ("/generate", {"prompt": "a" * 10_000}, "prompt"),
+        ("/generate", {"prompt": "a", "model": "vectors"}, "model"),
+        ("/generate", {"prompt": "a", "temperature": 0}, "temperature"),
+        ("/embeddings", {"text": "a" * 10_000}, "text"),
+    ],
+)
+def test_an_error_names_the_place_that_the_value_was_sent_in(
+    simple: Any, path: str, body: Any, param: str
+) -> None:
+    answer = post(simple, path, body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert "input" not in answer.json()["error"]["message"]
 
 
 def test_a_vector_is_a_list_of_numbers(simple: Any) -> None:
