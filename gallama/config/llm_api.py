@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,10 @@ class _Parameters(ConfigModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_what_is_not_honoured(cls, value: object, info: ValidationInfo) -> object:
-        honoured, way_out = _WITHOUT_EFFECT.get(str(info.field_name), ((value,), ""))
+        name = str(info.field_name)
+        if name not in _WITHOUT_EFFECT:
+            return value
+        honoured, way_out = _WITHOUT_EFFECT[name]
         if not any(type(value) is type(each) and value == each for each in honoured):
             raise ValueError(f"{value!r} cannot be honoured; {way_out}")
         return value
@@ -235,7 +239,7 @@ class _HuggingfaceParameters(_Parameters):
 def _of_llama(settings: _Settings, source: _Source) -> LlmApiConfig:
     setup = validated(_LlamaSetup, settings.setup_params, _inside(source, "setup_params"))
     parameters = validated(_LlamaParameters, settings.model_params, _inside(source, "model_params"))
-    folder = source.path.absolute().parent / settings.models_dir.expanduser()
+    folder = _models_folder(settings, source)
     path = _first_there(_llama_files(folder, settings, setup), setup.filename, source)
     rope_base, rope_scale = parameters.rope_freq_base, parameters.rope_freq_scale
     arguments = {
@@ -265,7 +269,7 @@ def _of_huggingface(settings: _Settings, source: _Source) -> LlmApiConfig:
             "setup_params",
             "tokenizer_repo_id",
         )
-    folder = source.path.absolute().parent / settings.models_dir.expanduser()
+    folder = _models_folder(settings, source)
     path = _first_there(_huggingface_folders(folder, setup.repo_id), setup.repo_id, source)
     arguments = {
         "device_map": parameters.device_map,
@@ -308,6 +312,11 @@ def _both(
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _models_folder(settings: _Settings, source: _Source) -> Path:
+    # pathlib's own raises an error for a user that there is not.
+    return source.path.absolute().parent / os.path.expanduser(settings.models_dir)
 
 
 def _first_there(places: Iterable[Path], what: str, source: _Source) -> Path:

@@ -163,6 +163,11 @@ def test_a_model_that_is_not_there_is_an_error_with_the_places(tmp_path: Path) -
     assert "Nothing is downloaded" in raised.value.message
 
 
+def test_a_home_that_nobody_has_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"is not there; looked for: .*~nobody-of-that-name/"):
+        read(tmp_path, LLAMA.replace("models_dir: models", "models_dir: ~nobody-of-that-name/models"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -173,6 +178,7 @@ def test_a_model_that_is_not_there_is_an_error_with_the_places(tmp_path: Path) -
         ("n_parts", 2, "leave it out"),
         ("last_n_tokens_size", 128, "all of prompt and answer"),
         ("n_ctx", 0, "greater than or equal to 1"),
+        ("rope_freq_base", float("nan"), "finite number"),
         ("n_cxt", 512, "Did you mean `n_ctx`"),
     ],
 )
