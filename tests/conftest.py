@@ -78,6 +78,24 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def infilling_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The embedded model, with three tokens that it never uses named as those for infilling."""
+    content = smollm2_path.read_bytes()
+    names = {
+        "<empty_output>": "<|fim_prefix|>",
+        "<issue_closed>": "<|fim_suffix|>",
+        "<jupyter_text>": "<|fim_middle|>",
+    }
+    for name, new_name in names.items():
+        assert content.count(name.encode()) == 1
+        content = content.replace(name.encode(), new_name.encode())
+    file = tmp_path_factory.mktemp("model") / "infilling.gguf"
+    file.write_bytes(content)
+    yield file
+    file.unlink()
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Engine:
     """The embedded model, loaded once; nothing that a test leaves running may disturb the next one."""
     model = resolve_model({"model_id": "smollm2-135m", "max_seq_len": 2048}, ServerConfig())

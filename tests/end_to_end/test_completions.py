@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -136,6 +138,31 @@ def test_a_suffix_is_refused_by_a_model_that_does_not_fill_in(client: OpenAI) ->
     with pytest.raises(BadRequestError) as refused:
         client.completions.create(model=MODEL, prompt="def add(a, b):\n    return ", suffix="\n")
     assert refused.value.param == "suffix"
+
+
+def test_a_model_with_infill_tokens_fills_in(gateway_url: str, client: OpenAI, infilling_path: Path) -> None:
+    def call(path: str, **body: Any) -> Any:
+        answer = httpx.post(gateway_url + path, json=body, timeout=60, trust_env=False)
+        assert answer.is_success, answer.text
+        return answer.json()
+
+    spec = {"model_id": str(infilling_path), "model_name": "fills-in", "max_seq_len": 512}
+    task = call("/add_model", **spec)
+    try:
+        deadline = time.monotonic() + 60
+        while task["status"] in ("queued", "loading"):
+            assert time.monotonic() < deadline, task
+            time.sleep(0.05)
+            task = httpx.get(f"{gateway_url}/task_status/{task['task_id']}", trust_env=False).json()
+        assert task["status"] == "completed", task
+        prompt, suffix = "def add(a, b):\n    ", "\n\nprint(add(1, 2))"
+        reply = client.completions.create(model="fills-in", prompt=prompt, suffix=suffix, max_tokens=4)
+        assert reply.usage is not None
+        lengths = [len(tokenized(gateway_url, text)) for text in (prompt, suffix)]
+        assert reply.usage.prompt_tokens == 3 + sum(lengths)
+        assert 1 <= reply.usage.completion_tokens <= 4
+    finally:
+        call("/remove_model", model_name="fills-in")
 
 
 # Log probabilities

@@ -11,12 +11,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from gguf import PoolingType
 from numpy.typing import NDArray
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
-from tests.engines.gguf_of_bert import write_gguf_of_bert
+from tests.engines.gguf_of_bert import RandomHead, write_gguf_of_bert
 
-MODEL = "minilm"
+MODEL, RERANKER = "minilm", "ranks"
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,14 @@ def url(
     folder = tmp_path_factory.mktemp("embedding")
     file = write_gguf_of_bert(minilm_folder, folder / "minilm.gguf")
     embedder = f"model_id={file} model_name={MODEL} model_type=embedding"
-    with serving_gateway(folder, "-id", embedder) as gateway:
+    ranks = write_gguf_of_bert(
+        minilm_folder, folder / "ranks.gguf", pooling=PoolingType.RANK, more_tensors=RandomHead().tensors
+    )
+    reranker = f"model_id={ranks} model_name={RERANKER} model_type=embedding"
+    with serving_gateway(folder, "-id", embedder, "-id", reranker) as gateway:
         yield gateway.url  # type: ignore[attr-defined]
     file.unlink()
+    ranks.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,29 @@ def test_a_text_that_is_too_long_is_named(client: OpenAI) -> None:
         client.embeddings.create(model=MODEL, input=["short", "word " * 600])
     assert raised.value.code == "context_length_exceeded"
     assert raised.value.param == "input"
+
+
+def test_a_cross_encoder_ranks_each_document_by_its_own_score(url: str) -> None:
+    """Its weights are drawn at random: what counts is that scores stay with their documents."""
+
+    def ranked(documents: list[str]) -> list[tuple[str, float]]:
+        body = {"model": RERANKER, "query": "cats", "documents": documents, "return_documents": True}
+        answer = httpx.post(f"{url}/v1/rerank", json=body, timeout=60, trust_env=False)
+        assert answer.status_code == 200, answer.text
+        results = answer.json()["results"]
+        assert [documents[each["index"]] for each in results] == [
+            each["document"]["text"] for each in results
+        ]
+        return [(each["document"]["text"], each["relevance_score"]) for each in results]
+
+    documents = ["A cat sleeps.", "Shares fell at noon.", "The kitten is lying on a rug."]
+    together = ranked(documents)
+    scores = [score for _, score in together]
+    assert len(set(scores)) == 3
+    assert scores == sorted(scores, reverse=True)
+    alone = dict(ranked([document])[0] for document in documents)
+    assert alone == pytest.approx(dict(together), abs=1e-5)
+    assert {0 < score < 1 for score in scores} == {True}
 
 
 async def test_requests_at_the_same_time_share_forward_passes(url: str) -> None:

@@ -30,6 +30,24 @@ _NAMES = {
 }
 
 
+class RandomHead:
+    """A classifier with weights drawn at random, as a cross-encoder has one."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.tensors: dict[str, NDArray[np.float32]] = {
+            "cls.weight": (rng.normal(size=(384, 384)) / 20).astype(np.float32),
+            "cls.bias": (rng.normal(size=384) / 10).astype(np.float32),
+            "cls.output.weight": (rng.normal(size=(1, 384)) / 5).astype(np.float32),
+            "cls.output.bias": np.array([0.1], dtype=np.float32),
+        }
+
+    def score(self, first_token: NDArray[np.float32]) -> float:
+        weights, bias, out_weights, out_bias = self.tensors.values()
+        logit = out_weights @ np.tanh(weights @ first_token + bias) + out_bias
+        return float(1 / (1 + np.exp(-logit[0])))
+
+
 def write_gguf_of_bert(
     folder: Path,
     file: Path,

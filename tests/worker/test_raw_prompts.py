@@ -245,24 +245,11 @@ async def test_a_scored_echo_with_a_suffix_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def infilling(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The embedded model, with three tokens that it never uses named as those for infilling."""
-    content = smollm2_path.read_bytes()
-    names = {
-        "<empty_output>": "<|fim_prefix|>",
-        "<issue_closed>": "<|fim_suffix|>",
-        "<jupyter_text>": "<|fim_middle|>",
-    }
-    for name, new_name in names.items():
-        assert content.count(name.encode()) == 1
-        content = content.replace(name.encode(), new_name.encode())
-    file = tmp_path_factory.mktemp("model") / "infilling.gguf"
-    file.write_bytes(content)
-    model = resolve_model({"model_id": str(file), "max_seq_len": 512}, ServerConfig())
+def infilling(infilling_path: Path) -> Iterator[Engine]:
+    model = resolve_model({"model_id": str(infilling_path), "max_seq_len": 512}, ServerConfig())
     engine = ENGINES["llama_cpp"](model.spec, model.path)
     yield engine
     asyncio.run(engine.close())
-    file.unlink()
 
 
 async def test_the_infill_tokens_of_a_model_are_found(infilling: Engine, smollm2: Engine) -> None:

