@@ -321,7 +321,8 @@ class Scheduler:
         if job.request.prompt_logprobs:
             return False  # it computes all of its prompt itself
         prompt = list(job.request.prompt_token_ids)
-        readers = [slot for slot in self._slots if slot.is_reading]
+        # A prompt that is scored is read in small pieces: reading it oneself takes less time.
+        readers = [slot for slot in self._slots if slot.is_reading and not slot.is_scoring]
         if _must_repeat(job.request):
             return any(_repeats_as(slot.job.request, job.request) for slot in readers)
         soon = max((self._cache.shared_with_busy(slot.token_ids, prompt) for slot in readers), default=0)

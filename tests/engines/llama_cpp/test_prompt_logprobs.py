@@ -213,3 +213,14 @@ def test_a_seeded_answer_is_the_same_beside_its_scored_prompt(board: Board) -> N
     ]
     answers = [board.answer(job) for job in jobs]
     assert answers == [answers[0]] * 3
+
+
+def test_nobody_waits_for_a_prompt_because_it_is_scored() -> None:
+    prompt = [(5 * place) % 38 for place in range(300)]
+    board = Board(batch_tokens=512)
+    scorer = board.submit(request(prompt, max_tokens=0, logprobs=0, prompt_logprobs=True))
+    reader = board.submit(request(prompt, max_tokens=1))
+    for _ in _running(board):
+        assert board.answer(reader) == expected_answer(prompt, 1)
+        assert board._updates[scorer] == []
+        assert told_logprobs(board, scorer) == toy_logprobs(prompt, 0)
