@@ -22,20 +22,9 @@ from gallama.generation import SamplingSettings
 
 PROMPT = "What is the capital of paris"
 # The examples of LLM-API's own documentation.
-LLAMA_PARAMS = {
-    "suffix": None,
-    "max_tokens": 128,
-    "temperature": 0.8,
-    "top_p": 0.95,
-    "logprobs": None,
-    "echo": False,
-    "stop": ["\\Q"],
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "repeat_penalty": 1.1,
-    "top_k": 40,
-}
-HUGGINGFACE_PARAMS = {"max_length": 25, "max_new_tokens": 25, "do_sample": True, "top_k": 40, "top_p": 0.95}
+SEED = Path(__file__).parents[1] / "data" / "seed_llm_api"
+LLAMA_PARAMS = json.loads((SEED / "llama.json").read_text())["params"]
+HUGGINGFACE_PARAMS = json.loads((SEED / "huggingface.json").read_text())["params"]
 
 
 def request_of(params: Any, *, streams: bool = False) -> ChatRequest:

@@ -11,58 +11,11 @@ from gallama.config import ModelSpec
 from gallama.config.llm_api import LlmApiConfig, read_llm_api_config
 from gallama.errors import InvalidConfig
 
-# The example of LLM-API's own documentation, but for the folder.
-LLAMA = """
-models_dir: models
-model_family: llama
-setup_params:
-  repo_id: user/repo_id
-  filename: ggml-model-q4_0.bin
-model_params:
-  n_ctx: 512
-  n_parts: -1
-  n_gpu_layers: 0
-  seed: -1
-  use_mmap: True
-  n_threads: 8
-  n_batch: 2048
-  last_n_tokens_size: 64
-  lora_base: null
-  lora_path: null
-  low_vram: False
-  tensor_split: null
-  rope_freq_base: 10000.0
-  rope_freq_scale: 1.0
-  verbose: True
-"""
-HUGGINGFACE = """
-models_dir: models
-model_family: huggingface
-setup_params:
-  repo_id: mosaicml/mpt-7b
-  tokenizer_repo_id: mosaicml/mpt-7b
-  trust_remote_code: True
-  config_params:
-    init_device: cuda:0
-    attn_config:
-      attn_impl: triton
-model_params:
-  device_map: "cuda:0"
-  trust_remote_code: True
-  torch_dtype: torch.bfloat16
-"""
-GPTQ = """
-models_dir: /models
-model_family: gptq_llama
-setup_params:
-  repo_id: user/repo_id
-  filename: model.safetensors
-model_params:
-  group_size: 128
-  wbits: 4
-  cuda_visible_devices: "0"
-  device: "cuda:0"
-"""
+# The examples of LLM-API's own documentation, but for the folder.
+SEED = Path(__file__).parents[1] / "data" / "seed_llm_api"
+LLAMA = (SEED / "llama.yaml").read_text().replace("/models", "models")
+HUGGINGFACE = (SEED / "huggingface.yaml").read_text().replace("/models", "models")
+GPTQ = (SEED / "gptq.yaml").read_text()
 
 
 def put(folder: Path, place: str) -> Path:
@@ -111,10 +64,10 @@ def test_the_same_file_makes_vectors_under_another_name(tmp_path: Path) -> None:
 
 
 def test_the_example_for_transformers_is_a_spec_for_that_engine(tmp_path: Path) -> None:
-    path = put(tmp_path, "mosaicml/mpt-7b/config.json").parent
+    path = put(tmp_path, "user/repo_id/config.json").parent
     config = read(tmp_path, HUGGINGFACE)
     spec = ModelSpec.model_validate(config.model)
-    assert (spec.model_id, spec.model_name) == (str(path), "mpt-7b")
+    assert (spec.model_id, spec.model_name) == (str(path), "repo_id")
     assert spec.backend_extra_args == {
         "device_map": "cuda:0",
         "dtype": "bfloat16",
@@ -125,13 +78,13 @@ def test_the_example_for_transformers_is_a_spec_for_that_engine(tmp_path: Path) 
 
 
 def test_remote_code_is_trusted_only_where_the_config_says_so(tmp_path: Path) -> None:
-    put(tmp_path, "mosaicml/mpt-7b/config.json")
+    put(tmp_path, "user/repo_id/config.json")
     silent = HUGGINGFACE.replace("  trust_remote_code: True\n", "")
     assert "trust_remote_code" not in read(tmp_path, silent).model["backend_extra_args"]
 
 
 def test_the_example_for_gptq_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfig, match=r"line 3, `model_family`: GPTQ.*exllama.*GGUF"):
+    with pytest.raises(InvalidConfig, match=r"line 2, `model_family`: GPTQ.*exllama.*GGUF"):
         read(tmp_path, GPTQ)
 
 
@@ -153,7 +106,8 @@ def test_a_folder_is_found_in_a_cache_of_hugging_faces_form(tmp_path: Path) -> N
     cache = "huggingface_150403748915/models--mosaicml--mpt-7b"
     put(tmp_path, f"{cache}/refs/main").write_text("0a1b\n")
     path = put(tmp_path, f"{cache}/snapshots/0a1b/config.json").parent
-    assert read(tmp_path, HUGGINGFACE).model["model_id"] == str(path)
+    text = HUGGINGFACE.replace("user/repo_id", "mosaicml/mpt-7b")
+    assert read(tmp_path, text).model["model_id"] == str(path)
 
 
 def test_a_model_that_is_not_there_is_an_error_with_the_places(tmp_path: Path) -> None:
@@ -243,7 +197,7 @@ def test_a_wrong_variable_is_named(tmp_path: Path, variable: str, text: str, wor
 
 
 def test_an_unknown_key_of_the_file_is_named_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfig, match=r"config.yaml, line 23, `model_parms`: unknown key"):
+    with pytest.raises(InvalidConfig, match=r"config.yaml, line 22, `model_parms`: unknown key"):
         read(tmp_path, LLAMA + "model_parms: {}\n")
 
 

@@ -16,75 +16,11 @@ import pytest
 
 from tests.engines.tiny_llama import save_tiny_llama
 
-LLAMA_CONFIG = """
-models_dir: /models
-model_family: llama
-setup_params:
-  repo_id: user/repo_id
-  filename: ggml-model-q4_0.bin
-model_params:
-  n_ctx: 512
-  n_parts: -1
-  n_gpu_layers: 0
-  seed: -1
-  use_mmap: True
-  n_threads: 8
-  n_batch: 2048
-  last_n_tokens_size: 64
-  lora_base: null
-  lora_path: null
-  low_vram: False
-  tensor_split: null
-  rope_freq_base: 10000.0
-  rope_freq_scale: 1.0
-  verbose: True
-"""
-LLAMA_BODY = r"""
-{
-    "prompt": "What is the capital of paris",
-    "params": {
-        "suffix": null,
-        "max_tokens": 128,
-        "temperature": 0.8,
-        "top_p": 0.95,
-        "logprobs": null,
-        "echo": false,
-        "stop": ["\\Q"],
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "repeat_penalty": 1.1,
-        "top_k": 40
-    }
-}
-"""
-HUGGINGFACE_CONFIG = """
-models_dir: /models
-model_family: huggingface
-setup_params:
-  repo_id: user/repo_id
-  tokenizer_repo_id: user/repo_id
-  trust_remote_code: True
-  config_params:
-    init_device: cuda:0
-    attn_config:
-      attn_impl: triton
-model_params:
-  device_map: "cuda:0"
-  trust_remote_code: True
-  torch_dtype: torch.bfloat16
-"""
-HUGGINGFACE_BODY = """
-{
-    "prompt": "What is the capital of paris",
-    "params": {
-        "max_length": 25,
-        "max_new_tokens": 25,
-        "do_sample": true,
-        "top_k": 40,
-        "top_p": 0.95
-    }
-}
-"""
+SEED = Path(__file__).parents[1] / "data" / "seed_llm_api"
+LLAMA_CONFIG = (SEED / "llama.yaml").read_text()
+LLAMA_BODY = (SEED / "llama.json").read_text()
+HUGGINGFACE_CONFIG = (SEED / "huggingface.yaml").read_text()
+HUGGINGFACE_BODY = (SEED / "huggingface.json").read_text()
 GREEDY = {
     "prompt": "One, two, three, four,",
     "params": {"temperature": 0, "repeat_penalty": 1.0, "max_tokens": 8},
