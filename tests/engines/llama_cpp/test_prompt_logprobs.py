@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -14,10 +16,13 @@ from numpy.typing import NDArray
 
 from gallama.engines.answer_streams import Ended, Job, Started
 from gallama.engines.llama_cpp.scheduler import MOST_SCORED_TOKENS
+from gallama.engines.llama_cpp.speculation import NgramDrafter
 from gallama.engines.logits import log_probabilities
 from gallama.generation import Engine, GeneratedChunk, GenerationRequest, SamplingSettings, TokenLogprob
 from tests.engines.llama_cpp.test_scheduler import (
+    END,
     GREEDY,
+    SIZE,
     WITHOUT_END,
     Board,
     _running,
@@ -224,3 +229,33 @@ def test_nobody_waits_for_a_prompt_because_it_is_scored() -> None:
         assert board.answer(reader) == expected_answer(prompt, 1)
         assert board._updates[scorer] == []
         assert told_logprobs(board, scorer) == toy_logprobs(prompt, 0)
+
+
+@pytest.mark.parametrize(("cells", "shares_cells"), [(70, True), (120, True), (70, False)])
+@pytest.mark.parametrize("batch_tokens", [8, 64])
+def test_scores_do_not_depend_on_company_cancellations_or_room(
+    cells: int, shares_cells: bool, batch_tokens: int
+) -> None:
+    """Many random jobs, half of them scored and some given up, in a cache that is far too small for all."""
+    rng = random.Random(cells + batch_tokens)
+    drafter = NgramDrafter([END])
+    board = Board(cells=cells, batch_tokens=batch_tokens, shares_cells=shares_cells, drafter=drafter)
+    stems = [[rng.randrange(SIZE) for _ in range(50)] for _ in range(3)]
+    for _ in _running(board):
+        jobs: dict[Job, tuple[list[int], int, bool]] = {}
+        for _ in range(60):
+            prompt = [*rng.choice(stems)[: rng.randrange(38)], rng.randrange(SIZE)]
+            max_tokens, is_scored = rng.choice([0, 1, 5, 25]), rng.random() < 0.5
+            scoring: dict[str, Any] = {"logprobs": 1, "prompt_logprobs": True} if is_scored else {}
+            job = board.submit(request(prompt, max_tokens=max_tokens, **scoring))
+            if rng.random() < 0.3:
+                board.scheduler.cancel(job)
+                continue
+            jobs[job] = prompt, max_tokens, is_scored
+            if rng.random() < 0.3:
+                board.answer(rng.choice(list(jobs)))
+        for job, (prompt, max_tokens, is_scored) in jobs.items():
+            assert board.answer(job) == _expected(prompt, max_tokens)
+            assert told_logprobs(board, job) == (toy_logprobs(prompt, 1) if is_scored else ())
+        board.wait_until_idle()
+        assert not any(sequence.is_busy for sequence in board.cache._sequences)
