@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    BambaForCausalLM,
     BertConfig,
     BertModel,
     Gemma2Config,
@@ -36,6 +38,8 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -248,6 +252,18 @@ async def test_other_families_answer_in_company_as_transformers_does(family: str
         asked = prompts(6, longest=50)
         answers = await asyncio.gather(*(text_of(engine, prompt) for prompt in asked))
         assert answers == [own_text(own_model, engine, prompt) for prompt in asked]
+    finally:
+        await engine.close()
+
+
+async def test_a_model_is_told_the_positions_that_it_does_not_count_itself(tmp_path: Path) -> None:
+    heads = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}
+    folder = save_tiny_model(tmp_path, BambaForCausalLM, BambaConfig, attn_layer_indices=[1], **heads)
+    engine = load(spec_for(folder), folder)
+    own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    try:
+        expected = own_text(own_model, engine, TEXT, max_tokens=8)
+        assert await text_of(engine, TEXT, max_tokens=8) == expected
     finally:
         await engine.close()
 
@@ -824,6 +840,19 @@ def test_a_model_that_does_not_go_on_with_texts_is_refused(
     model_class(config).save_pretrained(tmp_path)
     with pytest.raises(ModelLoadFailed, match=message):
         load_with(tmp_path)
+
+
+def test_a_model_that_keeps_a_text_where_the_next_one_finds_it_is_refused(tmp_path: Path) -> None:
+    save_tiny_model(
+        tmp_path,
+        RecurrentGemmaForCausalLM,
+        RecurrentGemmaConfig,
+        num_hidden_layers=3,
+        lru_width=64,
+        attention_window_size=16,
+    )
+    with pytest.raises(ModelLoadFailed, match="would change each other"):
+        load_with(tmp_path, max_seq_len=512)
 
 
 def test_a_model_that_keeps_nothing_of_a_text_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 # What two ways to compute the same may differ by, as a part of the logits' range.
 _TOLERANCE = {torch.float32: 1e-3}
 _COARSE_TOLERANCE = 0.05
+# What the same computation may differ by when it is done again.
+_REPEATED_TOLERANCE = 0.01
 
 
 class CausalModel:
@@ -33,7 +35,9 @@ class CausalModel:
         self._vocabulary_size = vocabulary_size
         self._input_device = model.get_input_embeddings().weight.device
         self.logits_device: torch.device = self._input_device
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._takes_positions = "position_ids" in parameters
         layers = [type(layer) for layer in self.new_cache().layers]
         self.reads_in_pieces = set(layers) <= {DynamicLayer, DynamicSlidingWindowLayer}
         """Whether a text may be computed in pieces: where a layer sums up what it has read, many models
@@ -49,15 +53,14 @@ class CausalModel:
         """Compute a token, and see that the model works as this engine needs it.
 
         Raises:
-            ModelLoadFailed: it computes no numbers, does not keep what it has computed, or has too few
-                logits.
+            ModelLoadFailed: it computes no numbers, does not keep what it has computed, keeps it where the
+                next text finds it, or has too few logits.
         """
         text = [token_id, 1, 2]
         try:
             whole, forgotten = self._alone(text), self._alone(text[-1:])
-            cache = self.new_cache()
-            self._forward(Piece(cache, text[:-1], rows=0))
-            logits = self._forward(Piece(cache, text[-1:], rows=1))
+            logits = self._in_pieces(text)
+            interrupted = self._in_pieces(text, meanwhile=[5, 4, 3])
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise ModelLoadFailed(
                 f"The model's code cannot be run with a cache of transformers: {error}"
@@ -72,6 +75,11 @@ class CausalModel:
             raise ModelLoadFailed(
                 "The model does not keep what it has computed of a text: its code has no use for a cache of"
                 " transformers, so each token would take as long as all of the text."
+            )
+        if not _are_alike(logits, interrupted, _REPEATED_TOLERANCE):
+            raise ModelLoadFailed(
+                "The model's code keeps in itself what it has read of a text, and not in a cache, so texts"
+                " that are computed at the same time would change each other."
             )
         if logits.shape[-1] < self._vocabulary_size:
             raise ModelLoadFailed(
@@ -95,6 +103,14 @@ class CausalModel:
         """The logits behind a text, shape (1, logits of the model)."""
         return self._forward(Piece(self.new_cache(), text, rows=1))
 
+    def _in_pieces(self, text: Sequence[int], meanwhile: Sequence[int] = ()) -> torch.Tensor:
+        """As `_alone`, but the last token is computed after the others, with another text between them."""
+        cache = self.new_cache()
+        self._forward(Piece(cache, text[:-1], rows=0))
+        if meanwhile:
+            self._alone(meanwhile)
+        return self._forward(Piece(cache, text[-1:], rows=1))
+
     def _packs_right(self, token_id: int) -> bool:
         """Whether texts that are computed side by side come out as they do alone; then it is left so."""
         texts = [[token_id, 1, 2, 3, 4], [token_id, 5, 6], [token_id]]
@@ -106,7 +122,10 @@ class CausalModel:
         except Exception as error:  # whatever a model's code makes of it: then it is not computed so
             logger.debug("Texts cannot be computed side by side: %s", error)
             together = None
-        if together is not None and all(map(_are_alike, alone, together)):
+        if together is not None and all(
+            _are_alike(one, other, _TOLERANCE.get(one.dtype, _COARSE_TOLERANCE))
+            for one, other in zip(alone, together, strict=True)
+        ):
             return True
         self._model.set_attn_implementation(earlier)
         return False
@@ -135,14 +154,18 @@ class CausalModel:
 
     def _forward(self, piece: Piece) -> torch.Tensor:
         """Shape (rows, logits of the model)."""
-        wanted = {"logits_to_keep": max(1, piece.rows)} if self._keeps_logits else {}
+        wanted: dict[str, Any] = {"logits_to_keep": max(1, piece.rows)} if self._keeps_logits else {}
+        if self._takes_positions:  # not every model counts on from what is in its cache
+            start = piece.cache.get_seq_length()
+            positions = torch.arange(start, start + len(piece.token_ids), device=self._input_device)
+            wanted["position_ids"] = positions[None]
         token_ids = torch.tensor([piece.token_ids], dtype=torch.long, device=self._input_device)
         output = self._model(input_ids=token_ids, past_key_values=piece.cache, use_cache=True, **wanted)
         logits: torch.Tensor = output.logits[0]
         return logits[logits.shape[0] - piece.rows :]
 
 
-def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two rows of logits differ by no more than rounding."""
-    reach = _TOLERANCE.get(one.dtype, _COARSE_TOLERANCE) * float(one.max() - one.min())
+def _are_alike(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Whether two rows of logits differ by no more than a part of their range."""
+    reach = tolerance * float(one.max() - one.min())
     return bool(torch.allclose(one.float(), other.float(), rtol=0, atol=reach))
