@@ -92,6 +92,27 @@ def test_the_request_of_the_older_readme(gateway_url: str) -> None:
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
+def test_the_chat_of_the_older_readme(gateway_url: str) -> None:
+    url = f"{gateway_url}/v1/chat/completions"
+    payload: dict[str, Any] = {
+        "model": "orca_mini_3b",
+        "messages": [{"role": "user", "content": "Hello there!"}],
+        "max_tokens": 30,
+        "top_p": 0.9,
+        "temperature": 0.9,
+        "stop": ["\n"],
+    }
+    response = requests.post(url, json=payload)
+    answer = response.json()
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    (choice,) = answer["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert "\n" not in choice["message"]["content"]
+    assert choice["finish_reason"] in ("stop", "length")
+    assert answer["usage"]["completion_tokens"] <= 30
+
+
 # A text is gone on with as it stands
 
 
