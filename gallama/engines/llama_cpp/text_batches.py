@@ -54,9 +54,9 @@ class _Call:
     def has_more(self) -> bool:
         return self.taken < len(self.texts)
 
-    def answer(self) -> None:
+    def answer(self, rows: NDArray[np.float32]) -> None:
         if self.rows.set_running_or_notify_cancel():
-            self.rows.set_result(np.stack(self.computed))
+            self.rows.set_result(rows)
 
     def fail(self, error: GallamaError) -> None:
         if self.rows.set_running_or_notify_cancel():
@@ -150,17 +150,20 @@ class TextBatches:
             return
         try:
             self._take_cores()
-            rows = self._computer.compute([text for _, text in batch])
+            self._hand_out(batch, self._computer.compute([text for _, text in batch]))
         except BaseException:  # this thread must outlive every bug: nobody would answer any more
             logger.exception("a batch of %d texts broke", len(batch))
             error = GallamaError("The texts could not be computed; the worker's log says why.")
-            self._fail({call for call, _ in batch}, error)
-            return
+            self._fail({call for call, _ in batch} & self._open, error)
+
+    def _hand_out(self, batch: Sequence[tuple[_Call, TokenIds]], rows: NDArray[np.float32]) -> None:
+        assert len(rows) == len(batch), "else nobody knows whose they are"
         for (call, _), row in zip(batch, rows, strict=True):
             call.computed.append(row)
             if len(call.computed) == len(call.texts):
+                answer = np.stack(call.computed)
                 self._open.remove(call)
-                call.answer()
+                call.answer(answer)
 
     def _plan(self) -> list[tuple[_Call, TokenIds]]:
         """The texts of the next batch. A call whose text does not fit any more is the first next time."""

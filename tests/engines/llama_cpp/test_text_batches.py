@@ -16,7 +16,7 @@ from gallama.errors import GallamaError, WorkerUnavailable
 
 BATCH_TOKENS = 10
 BATCH_TEXTS = 4
-BROKEN = 666
+BROKEN, WITHOUT_ROW = 666, 667
 SECONDS = 10
 
 
@@ -34,7 +34,7 @@ class StepByStep:
         self._go_on.get(timeout=SECONDS)
         if any(BROKEN in text for text in texts):
             raise RuntimeError("broken")
-        return np.array([[text[0]] for text in texts], dtype=np.float32)
+        return np.array([[text[0]] for text in texts if WITHOUT_ROW not in text], dtype=np.float32)
 
     def step(self) -> list[list[int]]:
         """Let the next batch be computed; which texts it has."""
@@ -168,6 +168,18 @@ def test_a_batch_that_breaks_fails_its_calls_and_no_others(
     with pytest.raises(GallamaError, match="could not be computed"):
         broken[0].result(SECONDS)
     assert first_tokens(broken[1]) == [3]
+    assert first_tokens(batches.submit([[4]])) == [4]
+
+
+def test_a_batch_without_a_row_for_each_text_fails_its_calls_and_no_others(
+    batches: TextBatches, computer: StepByStep
+) -> None:
+    hold(batches, computer)
+    calls = [batches.submit([[1]]), batches.submit([[WITHOUT_ROW]]), batches.submit([[2]])]
+    computer.let_all_go_on()
+    for rows in calls:
+        with pytest.raises(GallamaError, match="could not be computed"):
+            rows.result(SECONDS)
     assert first_tokens(batches.submit([[4]])) == [4]
 
 
