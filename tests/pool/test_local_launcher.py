@@ -116,6 +116,16 @@ async def test_an_interpreter_that_does_not_exist_is_named() -> None:
         await LocalLauncher().launch(model)
 
 
+async def test_an_interpreter_that_is_too_old_is_told_from_a_worker_that_broke(tmp_path: Path) -> None:
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\necho 'Unknown option: -P' >&2\necho 'usage: python3.10 ...' >&2\nexit 2\n")
+    old.chmod(0o755)
+    worker = await LocalLauncher().launch(scripted_model({}, python=str(old)))
+    with pytest.raises(ModelLoadFailed, match=r"is older than 3\.11, .* name another one .* `python`"):
+        await worker.ready(ignore_progress)
+    await worker.stop()
+
+
 async def test_an_interpreter_without_gallama_runs_the_gateways_own(
     launch: Launch, embedding_python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

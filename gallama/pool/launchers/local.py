@@ -40,6 +40,8 @@ _LAST_OUTPUT_SECONDS = 0.5
 # The kernel's limit is 108 bytes on Linux and 104 on macOS, the end mark included.
 _MAX_SOCKET_PATH_BYTES = 100
 _SECRETS = frozenset({"GALLAMA_API_KEY", "GALLAMA_API_KEYS", "GALLAMA_ADMIN_KEYS", "GALLAMA_KEYS_FILE"})
+# What a Python says that is older than 3.11, and does not know how to leave a script's folder out.
+_WORDS_OF_AN_OLD_PYTHON = "Unknown option: -P"
 _FOR_OWN_INTERPRETER = frozenset({"PYTHONHOME", "PYTHONPATH"})
 _REPORTS: msgspec.json.Decoder[WorkerReport] = msgspec.json.Decoder(WorkerReport)
 
@@ -144,6 +146,11 @@ class LocalWorker:
 
     def _why_it_ended_early(self, how: str) -> str:
         last_words = " | ".join(self._process.last_lines)
+        if last_words.startswith(_WORDS_OF_AN_OLD_PYTHON):
+            return (
+                f"{self._model_name}: the Python of its worker is older than 3.11, which gallama needs;"
+                " name another one as the model's `python`."
+            )
         return f"{self._model_name}: the worker {how} before its model was loaded. {last_words}".strip()
 
 
