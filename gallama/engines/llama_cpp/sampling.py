@@ -115,8 +115,8 @@ def _seed(seed: int | None) -> int:
     """A 32-bit seed of any integer; never the one that means "random" to llama.cpp."""
     if seed is None:
         seed = secrets.randbits(32)
-    folded = (seed ^ (seed >> 32)) & 0xFFFFFFFF
-    return folded if folded != _RANDOM_SEED else 0
+    # Neighbours stay apart: the choices of one request have seeds that follow each other.
+    return seed % _RANDOM_SEED
 
 
 def _is_plain_greedy(settings: SamplingSettings) -> bool:

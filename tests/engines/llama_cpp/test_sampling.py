@@ -145,6 +145,13 @@ def test_tokens_are_sampled_as_often_as_they_are_likely() -> None:
     assert squared[1] / 2000 == pytest.approx(0.9, abs=0.05), "half the temperature squares probabilities"
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32 - 2, 2**32 - 1, 2**64 - 1, -(2**63)])
+def test_seeds_that_follow_each_other_give_different_tokens(seed: int) -> None:
+    logits = np.zeros(SIZE, dtype=np.float32)
+    runs = [tuple(sample_many(SamplingSettings(seed=seed + choice), logits, count=20)) for choice in range(4)]
+    assert len(set(runs)) == 4
+
+
 def test_equal_seeds_give_equal_tokens_and_others_do_not() -> None:
     logits = np.random.default_rng(0).normal(size=SIZE).astype(np.float32)
     runs = {seed: sample_many(SamplingSettings(seed=seed), logits, count=50) for seed in (0, 1, 2**40, -5)}
