@@ -4,7 +4,7 @@ infinity-emb brings what many requests ask for together into batches. It is give
 text is cut up once, here, so that its length is known before anything is computed and ids that a client sends
 are taken as they are. A batch becomes one forward pass, or a few where less is computed so:
 
-    embed(texts) -> tokens -> infinity-emb's queue -> batch -> forward passes -> a row for each text
+    embed(texts) -> tokens -> full batches -> infinity-emb's threads -> forward passes -> a row for each text
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from gallama.config import ModelSpec
 from gallama.embedding import EmbeddedTexts, RankedTexts
 from gallama.engines import ignore_progress
+from gallama.engines.full_batches import FullBatches
 from gallama.engines.processor_cores import Cores, OwnCores, cores_to_share
 from gallama.errors import (
     InvalidConfig,
@@ -58,8 +59,6 @@ _PART_OF_IMPORTS, _PART_OF_WEIGHTS = 0.5, 0.9
 # Texts that are cut up in one go, and their characters: before the next ones, what is too long among them has
 # been refused. A megabyte takes a tokenizer up to a second, in which nothing can stop it.
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 64, 2**20
-# Batches that one call has in the queue: enough that the model never waits for the next one.
-_BATCHES_AT_ONCE = 4
 # No text has so few tokens: one with more characters per token of the limit is not even cut up.
 _MAX_CHARACTERS_PER_TOKEN = 1000
 # So long infinity-emb waits after each batch, and between two looks at its queue. Its own 5 ms are a good
@@ -205,9 +204,8 @@ class InfinityEmbedder:
         ]
         engine._model_replicas = self._passes
         self._engine = engine
-        self._batch_size = options.batch_size
+        self._batches = FullBatches(self._ask, batch_size=options.batch_size, at_once=len(self._passes))
         self._busy_calls = 0
-        self._computing: set[asyncio.Future[Any]] = set()
         self._is_closing = False
         self._check_features(model)
         own_length = _own_context_length(model, config)
@@ -242,7 +240,7 @@ class InfinityEmbedder:
     def status(self) -> EngineStatus:
         return EngineStatus(
             busy_slots=self._busy_calls,
-            waiting=self._engine.overload_status().queue_absolute if self._engine.is_running else 0,
+            waiting=self._batches.waiting,
             cached_tokens=0,
             steps=sum(replica.count for replica in self._passes),
         )
@@ -252,8 +250,7 @@ class InfinityEmbedder:
 
     async def close(self) -> None:
         self._is_closing = True
-        for computing in self._computing:  # infinity-emb itself would let them wait for ever
-            computing.cancel()
+        self._batches.close()  # infinity-emb itself would let them wait for ever
         await self._engine.astop()
 
     @contextlib.contextmanager
@@ -312,31 +309,17 @@ class InfinityEmbedder:
             WorkerUnavailable: a forward pass failed, its numbers ran over, or the model is closed.
         """
         await self._start()
-        rows: dict[int, NDArray[np.float32]] = {}
-        room = asyncio.Semaphore(_BATCHES_AT_ONCE)
-
-        async def compute_batch(batch: Sequence[int]) -> None:
-            async with room:
-                rows.update(zip(batch, await self._ask([texts[index] for index in batch]), strict=True))
-
-        # Alike ones together. A call with many texts has only some of them in the queue: others need not wait
-        # for all.
+        # Alike ones together: there is less to pad.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        batches = [
-            order[start : start + self._batch_size] for start in range(0, len(texts), self._batch_size)
-        ]
-        computing = asyncio.gather(*map(compute_batch, batches))
-        self._computing.add(computing)
         try:
-            await computing
+            rows = await self._batches.compute([texts[index] for index in order])
         except asyncio.CancelledError:
             for text in texts:
                 text.is_given_up = True
             self._check_open()
             raise
-        finally:
-            self._computing.discard(computing)
-        computed = np.array([rows[index] for index in range(len(texts))], dtype=np.float32)
+        computed = np.empty((len(texts), *np.shape(rows[0])), dtype=np.float32)
+        computed[order] = rows
         if not np.isfinite(computed).all():
             raise WorkerUnavailable("The model could not compute this; the worker's log says why.")
         return computed
