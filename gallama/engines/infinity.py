@@ -18,7 +18,9 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
@@ -67,6 +69,9 @@ _BATCH_DELAY_SECONDS = 0.001
 
 # A small model computes so many tokens in the time that it takes to begin a pass; larger ones compute fewer.
 _PASS_TOKENS_OF_CPU, _PASS_TOKENS_OF_GPU = 64, 4096
+
+# So many passes for each core, if there is so much to compute: that all of them end at about the same time.
+_PASSES_OF_A_CORE = 2
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -199,6 +204,7 @@ class InfinityEmbedder:
                 cores,
                 batch_tokens=options.batch_tokens,
                 pass_tokens=_PASS_TOKENS_OF_CPU if device == "cpu" else _PASS_TOKENS_OF_GPU,
+                is_on_cpu=device == "cpu",
             )
             for replica in engine._model_replicas
         ]
@@ -451,10 +457,18 @@ class TextReader:
         return Tokens(encoding.ids, encoding.type_ids if isinstance(each, Pair) and self.has_types else ())
 
 
+class _Pass(NamedTuple):
+    """A forward pass."""
+
+    indexes: Sequence[int]
+    """Of its texts, in their batch."""
+    features: dict[str, Any]
+    """What the model is to read."""
+
+
 class _Batch(NamedTuple):
     texts: Sequence[Tokens]
-    passes: Sequence[tuple[Sequence[int], dict[str, Any]]]
-    """Of each forward pass: the indexes of its texts, and what the model is to read."""
+    passes: Sequence[_Pass]
 
 
 class ForwardPasses:
@@ -465,7 +479,14 @@ class ForwardPasses:
     """
 
     def __init__(
-        self, model: Any, reader: TextReader, cores: Cores, *, batch_tokens: int, pass_tokens: int
+        self,
+        model: Any,
+        reader: TextReader,
+        cores: Cores,
+        *,
+        batch_tokens: int,
+        pass_tokens: int,
+        is_on_cpu: bool,
     ) -> None:
         """
         Args:
@@ -479,24 +500,49 @@ class ForwardPasses:
         self._batch_tokens = batch_tokens
         self._pass_tokens = pass_tokens
         self._cores = cores
+        self._is_on_cpu = is_on_cpu
+        self._threads: dict[int, ThreadPoolExecutor] = {}
+        """By how many they are."""
         self._torch = import_module("torch")
         self._no_row: NDArray[np.float32] = np.array(np.nan, dtype=np.float32)
 
     def encode_pre(self, batch: Sequence[Tokens | tuple[str, Tokens]]) -> _Batch:
         texts = [each if isinstance(each, Tokens) else each[1] for each in batch]
         wanted = [index for index, text in enumerate(texts) if not text.is_given_up]
-        parts = split([len(texts[index]) for index in wanted], self._batch_tokens, self._pass_tokens)
+        lengths = [len(texts[index]) for index in wanted]
+        parts = split(lengths, self._batch_tokens, self._pass_tokens)
+        if self._is_on_cpu:
+            parts = divide(parts, lengths, _PASSES_OF_A_CORE * self._cores.threads(), self._pass_tokens)
         return _Batch(texts, [self._pass_of(texts, [wanted[place] for place in part]) for part in parts])
 
     def encode_core(self, batch: _Batch) -> list[NDArray[np.float32]]:
         """A row for each text of the batch: its vector, or its score."""
         rows = [self._no_row] * len(batch.texts)
-        for indexes, features in batch.passes:
-            if all(batch.texts[index].is_given_up for index in indexes):
-                continue
-            for index, row in zip(indexes, self._compute(features, len(indexes)), strict=True):
-                rows[index] = row
+        passes = [
+            each for each in batch.passes if not all(batch.texts[index].is_given_up for index in each.indexes)
+        ]
+        self._cores.begin_work()
+        try:
+            for each, computed in zip(passes, self._compute_all(passes), strict=True):
+                self.count += 1
+                for index, row in zip(each.indexes, computed, strict=True):
+                    rows[index] = row
+        finally:
+            self._cores.end_work()
         return rows
+
+    def _compute_all(self, passes: Sequence[_Pass]) -> Iterator[list[NDArray[np.float32]]]:
+        """The rows of each pass.
+
+        On several cores each computes a pass of its own: where they share one, all wait whenever one of them
+        has something else to do, such as the gateway's work.
+        """
+        threads = self._cores.threads() if self._is_on_cpu else 1
+        if threads == 1 or len(passes) < threads:
+            return (self._compute(each, threads=threads) for each in passes)
+        if threads not in self._threads:
+            self._threads[threads] = ThreadPoolExecutor(threads, thread_name_prefix="forward-passes")
+        return self._threads[threads].map(partial(self._compute, threads=1), passes)
 
     def encode_post(self, rows: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         return rows
@@ -519,25 +565,20 @@ class ForwardPasses:
             features["token_type_ids"] = types
         return {name: self._torch.from_numpy(values) for name, values in features.items()}
 
-    def _pass_of(
-        self, texts: Sequence[Tokens], indexes: Sequence[int]
-    ) -> tuple[Sequence[int], dict[str, Any]]:
-        return indexes, self.features([texts[index] for index in indexes])
+    def _pass_of(self, texts: Sequence[Tokens], indexes: Sequence[int]) -> _Pass:
+        return _Pass(indexes, self.features([texts[index] for index in indexes]))
 
-    def _compute(self, features: dict[str, Any], texts: int) -> list[NDArray[np.float32]]:
-        self._cores.begin_work()
+    def _compute(self, one: _Pass, *, threads: int) -> list[NDArray[np.float32]]:
         try:
-            self._use_threads(self._cores.threads())
-            rows = list(self._model.encode_post(self._model.encode_core(features)))
+            if self._is_on_cpu:
+                self._use_threads(threads)
+            rows = list(self._model.encode_post(self._model.encode_core(one.features)))
             self._no_row = np.full_like(rows[0], np.nan)
         except Exception:
-            logger.exception("A forward pass of %d texts failed.", texts)
-            return [self._no_row] * texts
+            logger.exception("A forward pass of %d texts failed.", len(one.indexes))
+            return [self._no_row] * len(one.indexes)
         else:
             return rows
-        finally:
-            self._cores.end_work()
-            self.count += 1
 
     def _use_threads(self, threads: int) -> None:
         # Each thread has a number of its own, and setting it throws prepared kernels away.
@@ -598,6 +639,31 @@ def split(lengths: Sequence[int], most_tokens: int, pass_tokens: int) -> list[li
         parts.append(order[begins[end] : end].tolist())
         end = begins[end]
     return parts
+
+
+def divide(
+    parts: Sequence[list[int]], lengths: Sequence[int], count: int, pass_tokens: int
+) -> list[list[int]]:
+    """Halve the largest forward passes until there are `count`, as far as they are large.
+
+    Args:
+        parts: the indexes of the texts of each pass, from `split`.
+        lengths: tokens of each text.
+        pass_tokens: as in `split`; a pass of fewer tokens than twice that stays whole.
+
+    Returns:
+        The indexes of the texts of each pass, the largest pass first.
+    """
+
+    def tokens(part: Sequence[int]) -> int:
+        return len(part) * max(lengths[index] for index in part)
+
+    divided = sorted(parts, key=tokens, reverse=True)
+    while 0 < len(divided) < count and len(divided[0]) > 1 and tokens(divided[0]) >= 2 * pass_tokens:
+        largest = divided.pop(0)
+        middle = len(largest) // 2
+        divided = sorted([*divided, largest[:middle], largest[middle:]], key=tokens, reverse=True)
+    return divided
 
 
 def _read_options(spec: ModelSpec) -> InfinityOptions:

@@ -13,7 +13,7 @@ import pytest
 
 from gallama.config import ModelSpec
 from gallama.engines import EMBEDDERS
-from gallama.engines.infinity import InfinityOptions, reading_parts, split
+from gallama.engines.infinity import InfinityOptions, divide, reading_parts, split
 from gallama.errors import MissingExtra
 
 SECONDS = 300
@@ -235,3 +235,16 @@ def test_a_text_that_is_too_long_for_a_pass_has_one_of_its_own() -> None:
 
 def test_no_texts_need_no_pass() -> None:
     assert split([], 200, pass_tokens=0) == []
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_passes_are_halved_until_there_are_enough_or_they_are_small(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 300) for _ in range(rng.randint(1, 40))]
+    parts = split(lengths, 16384, 64)
+    divided = divide(parts, lengths, 4, 64)
+    sizes = [len(part) * max(lengths[index] for index in part) for part in divided]
+    assert sorted(index for part in divided for index in part) == list(range(len(lengths)))
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(parts) <= len(divided) <= max(4, len(parts))
+    assert len(divided) >= 4 or sizes[0] < 128 or len(divided[0]) == 1
