@@ -330,7 +330,7 @@ class Terminal:
 
     def descendants(self) -> dict[int, str]:
         """Every process that came of it, by id, with its command."""
-        listing = subprocess.run(["ps", "-axo", "pid=,ppid=,args="], capture_output=True, text=True)
+        listing = subprocess.run(["ps", "-axwwo", "pid=,ppid=,args="], capture_output=True, text=True)
         rows = [line.split(None, 2) for line in listing.stdout.splitlines()]
         found: dict[int, str] = {}
         parents = {self.process.pid}
