@@ -53,7 +53,8 @@ class FakeWorker:
         await self._launcher.may_load.wait()
         if self._launcher.load_errors:
             raise self._launcher.load_errors.pop(0)
-        return Ready(address=await self._address, context_length=100)
+        # Who gives a load up gives up waiting, not the address: stop() waits for that, too.
+        return Ready(address=await asyncio.shield(self._address), context_length=100)
 
     def memory_bytes(self) -> int:
         return 1000

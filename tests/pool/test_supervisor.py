@@ -137,7 +137,7 @@ class FakeWorker:
             await asyncio.sleep(0.1)
         if self._launcher.load_error is not None:
             raise self._launcher.load_error
-        return Ready(address=await self._address, context_length=100)
+        return Ready(address=await asyncio.shield(self._address), context_length=100)
 
     async def exited(self) -> str:
         return await asyncio.shield(self._died)

@@ -130,13 +130,15 @@ async def test_a_cached_prompt_is_scored_all_the_same(smollm2: Engine) -> None:
 
 
 async def test_prompts_are_scored_side_by_side(smollm2: Engine) -> None:
+    """A short prompt that shares its step with many tokens is computed by other kernels of llama.cpp: its values
+    were up to 0.21 apart in 150 rounds. Those of another prompt, or of another place, are apart by several."""
     texts = [TEXT, TEXT[10:], TEXT[20:90]]
     together = await asyncio.gather(*(scored(smollm2, text) for text in texts))
     for text, chunks in zip(texts, together, strict=True):
         alone = (await scored(smollm2, text))[0].prompt_logprobs[1:]
         found = chunks[0].prompt_logprobs[1:]
         assert [entry.logprob for entry in found if entry] == pytest.approx(
-            [entry.logprob for entry in alone if entry], abs=1e-2
+            [entry.logprob for entry in alone if entry], abs=0.5
         )
 
 
