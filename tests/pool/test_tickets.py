@@ -94,7 +94,7 @@ class TestDeadlines:
         launcher = FakeLauncher()
         async with running(model(), launcher=launcher) as pool:
             await pool.settled()
-            _, failure = await answer(pool, "hang", ticket=Ticket(deadline=time.monotonic() + 0.05))
+            _, failure = await answer(pool, "hang", ticket=Ticket(deadline=time.monotonic() + 0.5))
             assert isinstance(failure, Failure)
             assert failure.error.code == "deadline_exceeded"
             await until(lambda: launcher.workers[0].busy == 0)
