@@ -130,8 +130,8 @@ async def test_a_cached_prompt_is_scored_all_the_same(smollm2: Engine) -> None:
 
 
 async def test_prompts_are_scored_side_by_side(smollm2: Engine) -> None:
-    """A short prompt that shares its step with many tokens is computed by other kernels of llama.cpp: its values
-    were up to 0.21 apart in 150 rounds. Those of another prompt, or of another place, are apart by several."""
+    # A short prompt that shares its step with many tokens is computed by other kernels of llama.cpp:
+    # 0.21 apart at most in 150 rounds. Values of another prompt, or of another place, are apart by several.
     texts = [TEXT, TEXT[10:], TEXT[20:90]]
     together = await asyncio.gather(*(scored(smollm2, text) for text in texts))
     for text, chunks in zip(texts, together, strict=True):
