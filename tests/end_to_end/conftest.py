@@ -37,6 +37,15 @@ class RunningGateway:
         listing = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True)
         return [int(line) for line in listing.stdout.split()]
 
+    def engine_steps(self, model: str) -> int:
+        """How many forward passes the engine of a model has made so far."""
+        time.sleep(0.6)  # what is told of workers is of the last half second
+        metrics = httpx.get(f"{self.url}/metrics", trust_env=False).text
+        counter = rf'^gallama_engine_steps_total{{.*model="{re.escape(model)}".*}} (\S+)$'
+        found = re.search(counter, metrics, re.MULTILINE)
+        assert found is not None, metrics
+        return int(float(found[1]))
+
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not self._is_ready():

@@ -7,7 +7,6 @@ import base64
 import contextlib
 import json
 import os
-import re
 import signal
 import struct
 import subprocess
@@ -90,14 +89,6 @@ def embed(client: OpenAI, given: Any, **options: Any) -> Vectors:
 
 def post(gateway: Any, path: str, **body: Any) -> httpx.Response:
     return httpx.post(f"{gateway.url}{path}", json={"model": MODEL, **body}, timeout=SECONDS, trust_env=False)
-
-
-def forward_passes(gateway: Any) -> int:
-    time.sleep(0.6)  # what is told of workers is of the last half second
-    metrics = httpx.get(f"{gateway.url}/metrics", trust_env=False).text
-    found = re.search(rf'^gallama_engine_steps_total{{.*model="{MODEL}".*}} (\S+)$', metrics, re.MULTILINE)
-    assert found is not None, metrics
-    return int(float(found[1]))
 
 
 def added(gateway: Any, spec: dict[str, Any]) -> Any:
@@ -208,11 +199,11 @@ def test_usage_counts_special_tokens(gateway: Any, client: OpenAI) -> None:
 
 
 async def test_64_requests_at_the_same_time_take_fewer_forward_passes(gateway: Any) -> None:
-    passes = forward_passes(gateway)
+    passes = gateway.engine_steps(MODEL)
     async with async_client(gateway) as client:
         asked = (client.embeddings.create(model=MODEL, input=f"This is sentence {i}.") for i in range(64))
         answers = await asyncio.gather(*asked)
-    assert 0 < forward_passes(gateway) - passes < 64
+    assert 0 < gateway.engine_steps(MODEL) - passes < 64
     vectors = np.array([answer.data[0].embedding for answer in answers])
     assert len(np.unique(vectors.round(4), axis=0)) == 64, "each has its own answer"
 
@@ -270,7 +261,7 @@ def test_a_model_is_added_as_soon_as_its_environment_is_there(
 
 
 async def test_requests_whose_clients_leave_are_given_up(gateway: Any, client: OpenAI) -> None:
-    passes = forward_passes(gateway)
+    passes = gateway.engine_steps(MODEL)
     async with async_client(gateway) as leaving:
         many = ["word " * 200] * 200
         asked = [asyncio.create_task(leaving.embeddings.create(model=MODEL, input=many)) for _ in range(8)]
@@ -280,7 +271,7 @@ async def test_requests_whose_clients_leave_are_given_up(gateway: Any, client: O
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
     await asyncio.to_thread(embed, client, "short")
-    assert forward_passes(gateway) - passes < 25, "all of them would take 50 or more"
+    assert gateway.engine_steps(MODEL) - passes < 25, "all of them would take 50 or more"
     wait_until(lambda: requests_of(gateway) == {"busy": 0, "waiting": 0})
 
 

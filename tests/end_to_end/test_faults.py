@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import threading
 import time
@@ -100,23 +99,15 @@ def test_a_client_that_leaves_stops_the_processor(gateway: Any, client: OpenAI, 
     assert processor_seconds(worker) - before < 0.2
 
 
-def engine_steps(gateway: Any) -> int:
-    time.sleep(0.6)  # what is told of workers is of the last half second
-    metrics = httpx.get(f"{gateway.url}/metrics", trust_env=False).text
-    found = re.search(rf'^gallama_engine_steps_total{{.*model="{MODEL}".*}} (\S+)$', metrics, re.MULTILINE)
-    assert found is not None, metrics
-    return int(float(found[1]))
-
-
 def test_two_streams_at_once_share_the_steps_of_the_engine(gateway: Any, client: OpenAI) -> None:
     def steps_for(streams: int) -> int:
-        before = engine_steps(gateway)
+        before = gateway.engine_steps(MODEL)
         threads = [threading.Thread(target=lambda: list(stream(client, 200))) for _ in range(streams)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return engine_steps(gateway) - before
+        return int(gateway.engine_steps(MODEL)) - before
 
     alone, together = steps_for(1), steps_for(2)
     assert alone >= 200
