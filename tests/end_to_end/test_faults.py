@@ -101,13 +101,14 @@ def test_a_client_that_leaves_stops_the_processor(gateway: Any, client: OpenAI, 
 
 def test_two_streams_at_once_share_the_steps_of_the_engine(gateway: Any, client: OpenAI) -> None:
     def steps_for(streams: int) -> int:
-        before = gateway.engine_steps(MODEL)
+        before: int = gateway.engine_steps(MODEL)
         threads = [threading.Thread(target=lambda: list(stream(client, 200))) for _ in range(streams)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return int(gateway.engine_steps(MODEL)) - before
+        after: int = gateway.engine_steps(MODEL)
+        return after - before
 
     alone, together = steps_for(1), steps_for(2)
     assert alone >= 200
