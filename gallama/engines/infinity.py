@@ -34,6 +34,7 @@ from gallama.embedding import EmbeddedTexts, RankedTexts
 from gallama.engines import ignore_progress
 from gallama.engines.full_batches import FullBatches
 from gallama.engines.processor_cores import Cores, OwnCores, cores_to_share
+from gallama.engines.text_limits import check_characters, reading_parts
 from gallama.errors import (
     InvalidConfig,
     InvalidRequest,
@@ -58,11 +59,6 @@ _ENVIRONMENT = {
 _LIBRARIES = ("infinity_emb", "sentence_transformers")
 _PART_OF_IMPORTS, _PART_OF_WEIGHTS = 0.5, 0.9
 
-# Texts that are cut up in one go, and their characters: before the next ones, what is too long among them has
-# been refused. A megabyte takes a tokenizer up to a second, in which nothing can stop it.
-_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 64, 2**20
-# No text has so few tokens: one with more characters per token of the limit is not even cut up.
-_MAX_CHARACTERS_PER_TOKEN = 1000
 # So long infinity-emb waits after each batch, and between two looks at its queue. Its own 5 ms are a good
 # part of the time that a short text takes.
 _BATCH_DELAY_SECONDS = 0.001
@@ -299,12 +295,7 @@ class InfinityEmbedder:
                 raise InvalidRequest(f"`{name}` has no token.", param=_field(name))
             self._tokenizer.check(each, name)
             return
-        characters = _characters(each)
-        if characters > self.context_length * _MAX_CHARACTERS_PER_TOKEN:
-            raise TextTooLong(
-                f"`{name}` has {characters} characters; the model takes {self.context_length} tokens.",
-                param=_field(name),
-            )
+        check_characters(_characters(each), name, context_length=self.context_length, param=_field(name))
 
     async def _compute(self, texts: list[Tokens]) -> NDArray[np.float32]:
         """
@@ -584,25 +575,6 @@ class ForwardPasses:
         # Each thread has a number of its own, and setting it throws prepared kernels away.
         if self._torch.get_num_threads() != threads:
             self._torch.set_num_threads(threads)
-
-
-def reading_parts(characters: Sequence[int]) -> list[range]:
-    """Divide texts into those that are cut up in one go.
-
-    Args:
-        characters: of each text.
-
-    Returns:
-        Indexes of the texts of each part. A text that has more characters than a part may have is alone.
-    """
-    parts = []
-    start, room = 0, _CHARACTERS_AT_ONCE
-    for index, length in enumerate(characters):
-        if index > start and (length > room or index - start == _TEXTS_AT_ONCE):
-            parts.append(range(start, index))
-            start, room = index, _CHARACTERS_AT_ONCE
-        room -= length
-    return [*parts, range(start, len(characters))] if characters else []
 
 
 def _characters(each: Input) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from gallama.config import ModelSpec
 from gallama.engines import EMBEDDERS
-from gallama.engines.infinity import InfinityOptions, divide, reading_parts, split
+from gallama.engines.infinity import InfinityOptions, divide, split
 from gallama.errors import MissingExtra
 
 SECONDS = 300
@@ -117,16 +117,6 @@ def test_what_nobody_waits_for_any_more_is_not_computed(found: dict[str, Any]) -
 
 def test_closing_tells_those_who_wait(found: dict[str, Any]) -> None:
     assert found["closed"] == {"classes": ["WorkerUnavailable"] * 3, "busy": 0}
-
-
-def test_texts_are_cut_up_in_parts_that_are_small_in_number_and_in_length() -> None:
-    rng = random.Random(0)
-    for _ in range(200):
-        lengths = [rng.choice([1, 1000, 2**18, 2**21]) for _ in range(rng.randint(0, 200))]
-        parts = reading_parts(lengths)
-        assert [index for part in parts for index in part] == list(range(len(lengths)))
-        assert all(1 <= len(part) <= 64 for part in parts)
-        assert all(len(part) == 1 or sum(lengths[index] for index in part) <= 2**20 for part in parts)
 
 
 def test_a_small_request_does_not_wait_for_all_of_a_large_one(found: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from gallama.engines.llama_cpp.options import (
 )
 from gallama.engines.llama_cpp.text_batches import TextBatches
 from gallama.engines.llama_cpp.text_vectors import TextVectors
+from gallama.engines.text_limits import check_characters, reading_parts
 from gallama.errors import (
     EngineFailed,
     InvalidConfig,
@@ -51,12 +52,6 @@ _USUAL_TOKENS = 8192
 
 # The same where logits are made of all tokens on the way: half a gigabyte for so many.
 _USUAL_TOKENS_WITH_LOGITS = 1024
-
-# Texts that are cut up in one go: a call that is given up costs no more than these.
-_TEXTS_AT_ONCE = 64
-
-# No text has so few tokens: one with more characters per token of the limit is not even cut up.
-_MAX_CHARACTERS_PER_TOKEN = 1000
 
 _SOME_TOKEN = 0
 
@@ -141,14 +136,17 @@ class LlamaCppEmbedder:
     async def embed(self, inputs: Sequence[str | Sequence[int]]) -> EmbeddedTexts:
         if self._pair_tokens is not None:
             raise UnsupportedValue("The model only ranks: ask it at /v1/rerank.", param="model")
-        texts = await self._read(self._read_input, inputs)
+        characters = [len(each) if isinstance(each, str) else 0 for each in inputs]
+        texts = await self._read(self._read_input, inputs, characters)
         rows = await self._compute(texts)
         return EmbeddedTexts(vectors=_unit_rows(rows), tokens=sum(map(len, texts)))
 
     async def rerank(self, query: str, documents: Sequence[str]) -> RankedTexts:
         if self._pair_tokens is None:
             raise UnsupportedValue("The model does not rank: it makes vectors of texts.", param="model")
-        texts = await self._read(partial(self._read_pair, self._pair_tokens, query), documents)
+        characters = [len(query) + len(document) for document in documents]
+        read_pair = partial(self._read_pair, self._pair_tokens, query)
+        texts = await self._read(read_pair, documents, characters)
         rows = await self._compute(texts)
         return RankedTexts(scores=self._scores(rows), tokens=sum(map(len, texts)))
 
@@ -185,8 +183,13 @@ class LlamaCppEmbedder:
             return np.zeros((0, self._width), dtype=np.float32)
         return await asyncio.wrap_future(self._batches.submit(texts))
 
-    async def _read(self, read_one: Callable[[int, T], list[int]], inputs: Sequence[T]) -> list[list[int]]:
+    async def _read(
+        self, read_one: Callable[[int, T], list[int]], inputs: Sequence[T], characters: Sequence[int]
+    ) -> list[list[int]]:
         """The token ids of each input, from its index and itself.
+
+        Args:
+            characters: of each input.
 
         Raises:
             GallamaError: as `read_one`.
@@ -196,8 +199,7 @@ class LlamaCppEmbedder:
             return [read_one(index, inputs[index]) for index in indexes]
 
         texts: list[list[int]] = []
-        for start in range(0, len(inputs), _TEXTS_AT_ONCE):
-            indexes = range(start, min(start + _TEXTS_AT_ONCE, len(inputs)))
+        for indexes in reading_parts(characters):
             texts += await asyncio.to_thread(read_part, indexes)
         return texts
 
@@ -221,13 +223,9 @@ class LlamaCppEmbedder:
         return token_ids
 
     def _check_characters(self, characters: int, name: str, param: str, with_what: str = "") -> None:
-        """What can be said without cutting up a text."""
-        if characters > self.context_length * _MAX_CHARACTERS_PER_TOKEN:
-            raise TextTooLong(
-                f"`{name}` has {with_what}{characters} characters; the model takes {self.context_length}"
-                " tokens.",
-                param=param,
-            )
+        check_characters(
+            characters, name, context_length=self.context_length, param=param, with_what=with_what
+        )
 
     def _check_token_ids(self, token_ids: Sequence[int], name: str) -> None:
         size = self._model.vocabulary_size
