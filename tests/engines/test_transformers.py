@@ -8,8 +8,8 @@ import json
 import random
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,15 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 def spec_for(path: Path, **settings: Any) -> ModelSpec:
     return ModelSpec.model_validate({"model_id": str(path), "backend": "transformers", **settings})
+
+
+@asynccontextmanager
+async def loaded(folder: Path, **settings: Any) -> AsyncIterator[TransformersEngine]:
+    engine = load(spec_for(folder, **settings), folder)
+    try:
+        yield engine
+    finally:
+        await engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -246,38 +255,29 @@ async def test_texts_in_company_share_forward_passes(engine: TransformersEngine)
 @pytest.mark.parametrize("family", list(FAMILIES))
 async def test_other_families_answer_in_company_as_transformers_does(family: str, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, *FAMILIES[family][:2], **FAMILIES[family][2])
-    engine = load(spec_for(folder, backend_extra_args={"n_batch": 32}), folder)
-    own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    try:
+    async with loaded(folder, backend_extra_args={"n_batch": 32}) as engine:
+        own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         asked = prompts(6, longest=50)
         answers = await asyncio.gather(*(text_of(engine, prompt) for prompt in asked))
         assert answers == [own_text(own_model, engine, prompt) for prompt in asked]
-    finally:
-        await engine.close()
 
 
 async def test_a_model_is_told_the_positions_that_it_does_not_count_itself(tmp_path: Path) -> None:
     heads = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}
     folder = save_tiny_model(tmp_path, BambaForCausalLM, BambaConfig, attn_layer_indices=[1], **heads)
-    engine = load(spec_for(folder), folder)
-    own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    try:
+    async with loaded(folder) as engine:
+        own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         expected = own_text(own_model, engine, TEXT, max_tokens=8)
         assert await text_of(engine, TEXT, max_tokens=8) == expected
-    finally:
-        await engine.close()
 
 
 async def test_a_prompt_that_is_read_in_pieces_is_answered_the_same(
     engine: TransformersEngine, path: Path
 ) -> None:
-    in_pieces = load(spec_for(path, backend_extra_args={"n_batch": 32}), path)
-    try:
+    async with loaded(path, backend_extra_args={"n_batch": 32}) as in_pieces:
         prompt = prompts(1, longest=300)[0] * 3
         assert len(engine.tokenize(prompt)) > 3 * 32
         assert await text_of(in_pieces, prompt) == await text_of(engine, prompt)
-    finally:
-        await in_pieces.close()
 
 
 async def test_noise_obeys_every_schema(engine: TransformersEngine, backend: LLGuidanceBackend) -> None:
@@ -416,21 +416,18 @@ async def test_a_long_prompt_is_scored_in_bounded_memory_where_it_is_read_as_a_w
 ) -> None:
     family = FAMILIES["qwen 3 next, half of whose layers sum up"]
     folder = save_tiny_model(tmp_path, *family[:2], **family[2])
-    engine = load(spec_for(folder), folder)
-    own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    rows: list[int] = []
-    compute = engine._model.compute
+    async with loaded(folder) as engine:
+        own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        rows: list[int] = []
+        compute = engine._model.compute
 
-    def count_rows(pieces: Sequence[Piece]) -> list[torch.Tensor]:
-        rows.append(sum(piece.rows for piece in pieces))
-        return compute(pieces)
+        def count_rows(pieces: Sequence[Piece]) -> list[torch.Tensor]:
+            rows.append(sum(piece.rows for piece in pieces))
+            return compute(pieces)
 
-    monkeypatch.setattr(engine._model, "compute", count_rows)
-    try:
+        monkeypatch.setattr(engine._model, "compute", count_rows)
         prompt = engine.tokenize(TEXT * 3)
         (first, *_) = await chunks_of(engine, prompt, max_tokens=0, logprobs=0, prompt_logprobs=True)
-    finally:
-        await engine.close()
     with torch.inference_mode():
         logits = own_model(torch.tensor([prompt])).logits[0, :, : len(engine.vocabulary.tokens)]
     expected = [
@@ -469,15 +466,12 @@ async def test_the_same_prompt_asked_often_at_once_is_read_once(engine: Transfor
 async def test_more_than_the_cache_holds_is_answered_all_the_same(
     engine: TransformersEngine, path: Path
 ) -> None:
-    small = load(spec_for(path, max_seq_len=256, cache_size=256), path)
-    try:
+    async with loaded(path, max_seq_len=256, cache_size=256) as small:
         asked = prompts(8, longest=30)
         answers = await asyncio.gather(
             *(text_of(small, prompt, max_tokens=100, sampling=ENDLESS) for prompt in asked)
         )
         assert small.status().cached_tokens <= 256
-    finally:
-        await small.close()
     assert answers == [await text_of(engine, prompt, max_tokens=100, sampling=ENDLESS) for prompt in asked]
 
 
@@ -498,20 +492,16 @@ async def test_control_tokens_are_seen_by_who_asks_for_them(engine: Transformers
 
 
 async def test_an_end_token_of_the_spec_ends_an_answer(path: Path) -> None:
-    engine = load(spec_for(path, eos_token_list=["<tool_call>"]), path)
-    try:
+    async with loaded(path, eos_token_list=["<tool_call>"]) as engine:
         (token,) = engine.tokenize("<tool_call>")
         assert token in engine.vocabulary.end_token_ids
         settings = SamplingSettings(temperature=0, logit_bias={token: 1000})
         (*_, last) = await chunks_of(engine, "x", sampling=settings)
         assert last.end == "stop"
-    finally:
-        await engine.close()
 
 
 async def test_an_end_token_that_writes_text_cuts_no_constrained_answer(path: Path) -> None:
-    engine = load(spec_for(path, eos_token_list=["he"]), path)
-    try:
+    async with loaded(path, eos_token_list=["he"]) as engine:
         (token,) = engine.tokenize("he")
         backend = LLGuidanceBackend(engine.vocabulary)
         always = SamplingSettings(temperature=0, logit_bias={token: 1000})
@@ -521,8 +511,6 @@ async def test_an_end_token_that_writes_text_cuts_no_constrained_answer(path: Pa
         )
         (*_, last) = await chunks_of(engine, "x", sampling=always)
         assert (last.end, last.text) == ("stop", "")
-    finally:
-        await engine.close()
 
 
 def test_an_end_token_whose_text_nothing_else_writes_is_refused(path: Path) -> None:
@@ -550,13 +538,10 @@ async def test_texts_that_are_too_much_together_are_answered_one_after_the_other
 ) -> None:
     asked = prompts(8, longest=40)
     expected = [await text_of(engine, prompt, sampling=ENDLESS) for prompt in asked]
-    small = load(spec_for(path), path)
-    try:
+    async with loaded(path) as small:
         break_steps(small, monkeypatch, lambda pieces: len(pieces) > 2)
         answers = await asyncio.gather(*(text_of(small, prompt, sampling=ENDLESS) for prompt in asked))
         assert answers == expected
-    finally:
-        await small.close()
 
 
 async def test_memory_that_runs_out_for_one_text_ends_that_one_alone(
@@ -570,37 +555,30 @@ async def test_memory_that_runs_out_for_one_text_ends_that_one_alone(
 
     asked = prompts(6, longest=20)
     expected = [await text_of(engine, prompt, state=constrained()) for prompt in asked]
-    small = load(spec_for(path), path)
-    try:
+    async with loaded(path) as small:
         break_steps(small, monkeypatch, lambda pieces: any(len(piece.token_ids) > 150 for piece in pieces))
         good = [text_of(small, prompt, state=constrained()) for prompt in asked]
         *answers, error = await asyncio.gather(*good, text_of(small, TEXT * 10), return_exceptions=True)
         assert answers == expected
         assert isinstance(error, NotEnoughMemory)
         assert small.status().busy_slots == 0
-    finally:
-        await small.close()
 
 
 async def test_a_model_that_computes_nothing_any_more_is_told_to_all(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load(spec_for(path), path)
-    try:
+    async with loaded(path) as engine:
         break_steps(engine, monkeypatch, lambda _: True)
         answers = [text_of(engine, prompt) for prompt in prompts(3, longest=20)]
         results = await asyncio.gather(*answers, engine.probe(), return_exceptions=True)
         assert [type(result) for result in results] == [NotEnoughMemory] * 3 + [GallamaError]
-    finally:
-        await engine.close()
 
 
 async def test_what_broke_is_not_taken_over_by_later_texts(
     path: Path, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = "The end: " + TEXT
-    small = load(spec_for(path), path)
-    try:
+    async with loaded(path) as small:
         with monkeypatch.context() as broken:
             break_steps(small, broken, lambda pieces: len(pieces[0].token_ids) == 1)
             with pytest.raises(NotEnoughMemory):
@@ -608,16 +586,13 @@ async def test_what_broke_is_not_taken_over_by_later_texts(
         again = await chunks_of(small, prompt)
         assert again[0].cached_prompt_tokens == 0
         assert "".join(chunk.text for chunk in again) == await text_of(engine, prompt)
-    finally:
-        await small.close()
 
 
 async def test_a_step_that_breaks_is_told_and_the_next_answer_comes(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load(spec_for(path), path)
-    before = await text_of(engine, "Again:")
-    try:
+    async with loaded(path) as engine:
+        before = await text_of(engine, "Again:")
         with monkeypatch.context() as broken:
             broken.setattr(engine._model, "compute", lambda _: [][0])
             with pytest.raises(GallamaError, match="could not be generated"):
@@ -626,21 +601,16 @@ async def test_a_step_that_breaks_is_told_and_the_next_answer_comes(
                 await engine.probe()
         await engine.probe()
         assert await text_of(engine, "Again:") == before
-    finally:
-        await engine.close()
 
 
 async def test_a_model_that_computes_no_numbers_is_found_out(path: Path) -> None:
-    engine = load(spec_for(path), path)
-    try:
+    async with loaded(path) as engine:
         with torch.no_grad():
             engine._model._model.lm_head.weight.fill_(torch.nan)
         with pytest.raises(GallamaError, match="no numbers"):
             await text_of(engine, "Hello")
         with pytest.raises(GallamaError, match="no numbers"):
             await engine.probe()
-    finally:
-        await engine.close()
 
 
 def test_a_model_that_leaves_no_memory_to_compute_with_is_refused(
@@ -741,15 +711,12 @@ async def test_arguments_are_honoured(path: Path) -> None:
         "device_map": "cpu",
         "n_threads": 1,
     }
-    engine = load(spec_for(path, backend_extra_args=arguments), path)
-    try:
+    async with loaded(path, backend_extra_args=arguments) as engine:
         model = engine._model._model
         assert model.dtype == torch.bfloat16
         assert model.config._attn_implementation == "eager"
         assert engine.context_length == 2048
         assert await text_of(engine, "Hello")
-    finally:
-        await engine.close()
 
 
 def save_long_rope(folder: Path) -> Path:
@@ -765,14 +732,11 @@ def save_long_rope(folder: Path) -> Path:
 
 async def test_a_model_with_long_rope_ends_where_its_positions_would_change(tmp_path: Path) -> None:
     folder = save_long_rope(tmp_path)
-    engine = load(spec_for(folder), folder)
-    own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    try:
+    async with loaded(folder) as engine:
+        own_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         assert engine.context_length == 64
         prompt = "x" * 30
         assert await text_of(engine, prompt) == own_text(own_model, engine, prompt)
-    finally:
-        await engine.close()
 
 
 def test_more_than_long_rope_allows_is_refused(tmp_path: Path) -> None:
