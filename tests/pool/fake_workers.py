@@ -33,47 +33,90 @@ from gallama.worker.serve import serving
 DONE = Completed(Usage(prompt_tokens=1, completion_tokens=1))
 
 
-class FakeWorker:
-    """A worker inside the test. The request's text says what it does."""
+class ServingWorker:
+    """A worker that answers as its own Runner; subclasses say when it is ready, and what it does."""
 
     secret = "secret"
     process_id = None
 
+    def __init__(self) -> None:
+        self._died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._serving = asyncio.create_task(self._serve())
+
+    async def listening(self) -> Ready:
+        # Who gives a load up gives up waiting, not the address: stop() waits for that, too.
+        return Ready(address=await asyncio.shield(self._address), context_length=100)
+
+    async def exited(self) -> str:
+        return await asyncio.shield(self._died)
+
+    async def stop(self) -> None:
+        # A server that is cancelled while it starts leaves its socket open.
+        await asyncio.wait({self._address})
+        self._serving.cancel()
+        await asyncio.gather(self._serving, return_exceptions=True)
+
+    def die(self) -> None:
+        if not self._died.done():
+            self._died.set_result("was killed by SIGKILL")
+
+    def memory_bytes(self) -> int:
+        return 1000
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(busy_slots=0, waiting=0, cached_tokens=0)
+
+    async def probe(self) -> None:
+        pass
+
+    def run(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+        raise NotImplementedError
+
+    async def reply(self, request: UnaryRequest) -> UnaryReply:
+        raise NotImplementedError
+
+    async def _serve(self) -> None:
+        async with serving("tcp:127.0.0.1:0", self.secret, self, self.status, self.probe) as address:
+            self._address.set_result(address)
+            await _until_cancelled()
+
+
+async def _until_cancelled() -> None:
+    """A server that closes while it takes a connection up leaves that one's socket open: asyncio does that in
+    three turns of its loop."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+
+class FakeWorker(ServingWorker):
+    """The request's text says what it does."""
+
     def __init__(self, model: ResolvedModel, launcher: FakeLauncher) -> None:
+        super().__init__()
         self._launcher = launcher
         self.model = model
         self.asked: list[str] = []
         self.busy = 0
-        self._died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._serving = asyncio.create_task(self._serve())
 
     async def ready(self, on_progress: Callable[[float], None]) -> Ready:
         on_progress(0.5)
         await self._launcher.may_load.wait()
         if self._launcher.load_errors:
             raise self._launcher.load_errors.pop(0)
-        # Who gives a load up gives up waiting, not the address: stop() waits for that, too.
-        return Ready(address=await asyncio.shield(self._address), context_length=100)
-
-    def memory_bytes(self) -> int:
-        return 1000
-
-    async def exited(self) -> str:
-        return await asyncio.shield(self._died)
+        return await self.listening()
 
     async def stop(self) -> None:
         await self._launcher.may_stop.wait()
-        # A server that is cancelled while it starts leaves its socket open.
-        await asyncio.wait({self._address})
-        self._serving.cancel()
-        await asyncio.gather(self._serving, return_exceptions=True)
+        await super().stop()
         self._launcher.stopped += 1
 
     def die(self) -> None:
         self._serving.cancel()
-        if not self._died.done():
-            self._died.set_result("was killed by SIGKILL")
+        super().die()
 
     def status(self) -> EngineStatus:
         return EngineStatus(busy_slots=self.busy, waiting=0, cached_tokens=0)
@@ -115,21 +158,6 @@ class FakeWorker:
             return Embeddings(vectors=(f"{self.model.name}: {text}".encode(),), prompt_tokens=7)
         finally:
             self.busy -= 1
-
-    async def _serve(self) -> None:
-        async with serving("tcp:127.0.0.1:0", self.secret, self, self.status) as address:
-            self._address.set_result(address)
-            await until_cancelled()
-
-
-async def until_cancelled() -> None:
-    """A server that closes while it takes a connection up leaves that one's socket open: asyncio does that in
-    three turns of its loop."""
-    try:
-        await asyncio.Event().wait()
-    finally:
-        for _ in range(3):
-            await asyncio.sleep(0)
 
 
 class FakeLauncher:

@@ -28,9 +28,8 @@ from gallama.pool.launchers import local as local_module
 from gallama.pool.launchers.local import LocalLauncher
 from gallama.pool.supervisor import Backoff, CrashCounter, SupervisionLimits, Supervisor, patience
 from gallama.pool.views import InstanceState
-from gallama.wire import Ready, UnaryReply, UnaryRequest, WorkerStatus, stream_chat
-from gallama.worker.serve import serving
-from tests.pool.fake_workers import until_cancelled
+from gallama.wire import Ready, WorkerStatus, stream_chat
+from tests.pool.fake_workers import ServingWorker
 
 SELDOM = SupervisionLimits(probe_interval_seconds=60, hang_seconds=60)
 OFTEN = SupervisionLimits(probe_interval_seconds=0.1, hang_seconds=1.0)
@@ -116,20 +115,12 @@ def ask(supervisor: Supervisor, text: str = "hi", **fields: Any) -> AsyncGenerat
     return stream_chat(supervisor.endpoint.address, supervisor.endpoint.secret, request)
 
 
-class FakeWorker:
-    """A worker inside the test; its engine is what the test says."""
-
-    secret = "secret"
-    process_id = None
+class FakeWorker(ServingWorker):
+    """Its engine is what the test says."""
 
     def __init__(self, launcher: FakeLauncher) -> None:
+        super().__init__()
         self._launcher = launcher
-        self._died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._serving = asyncio.create_task(self._serve())
-
-    def memory_bytes(self) -> int:
-        return 7
 
     async def ready(self, on_progress: Callable[[float], None]) -> Ready:
         for progress in self._launcher.progress:
@@ -137,20 +128,7 @@ class FakeWorker:
             await asyncio.sleep(0.1)
         if self._launcher.load_error is not None:
             raise self._launcher.load_error
-        return Ready(address=await asyncio.shield(self._address), context_length=100)
-
-    async def exited(self) -> str:
-        return await asyncio.shield(self._died)
-
-    async def stop(self) -> None:
-        # A server that is cancelled while it starts leaves its socket open.
-        await asyncio.wait({self._address})
-        self._serving.cancel()
-        await asyncio.gather(self._serving, return_exceptions=True)
-
-    def die(self) -> None:
-        if not self._died.done():
-            self._died.set_result("was killed by SIGKILL")
+        return await self.listening()
 
     async def run(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         yield Accepted(1)
@@ -158,20 +136,12 @@ class FakeWorker:
             yield AnswerText(0, "x" * 10_000)
         yield Completed(Usage(prompt_tokens=1, completion_tokens=1))
 
-    async def reply(self, _: UnaryRequest) -> UnaryReply:
-        raise NotImplementedError
-
-    def _status(self) -> EngineStatus:
+    def status(self) -> EngineStatus:
         return self._launcher.status()
 
-    async def _probe(self) -> None:
+    async def probe(self) -> None:
         self._launcher.probes += 1
         await self._launcher.probe()
-
-    async def _serve(self) -> None:
-        async with serving("tcp:127.0.0.1:0", self.secret, self, self._status, self._probe) as address:
-            self._address.set_result(address)
-            await until_cancelled()
 
 
 class FakeLauncher:
