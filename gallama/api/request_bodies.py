@@ -128,7 +128,7 @@ async def read_body(request: Request, body_type: type[Body], *, max_bytes: int) 
         InvalidRequest: it is not JSON, or not what `body_type` describes; `param` is the path to the value.
         ClientLeft: the client hung up.
     """
-    return await read_body_of(request, lambda _: body_type, max_bytes=max_bytes)
+    return await _read_and_parse(request, lambda raw: parse_body(raw, body_type), max_bytes)
 
 
 async def read_body_of(
