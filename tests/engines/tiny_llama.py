@@ -9,28 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MARKS = ("<tool_call>", "</tool_call>")
+from tests.engines.tiny_tokenizer import CHAT_TEMPLATE, END_TOKEN, train_tiny_tokenizer
+
 PADDED_BY = 46
 CONTEXT_LENGTH = 1024
-CHAT_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n# Tools\nFor each function call, return a json object with function"
-    ' name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>,'
-    ' "arguments": <args-json-object>}\n</tool_call>\n'
-    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
-    "<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_TEXT = """
-The old bridge across the river was built of stone. Every morning the farmers led their carts over it to the
-market in the town, and every evening they came back with empty carts and full purses. {"name": "Alice",
-"age": 30, "tags": ["a", "b"], "married": true, "city": "Zürich", "children": null}
-def add(a, b): return a + b
-"""
 
 
 def save_tiny_llama(folder: Path, **config: Any) -> Path:
@@ -70,18 +54,6 @@ def save_tiny_model(folder: Path, model_class: Any, config_class: Any, **config:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, trained on a few sentences."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=list(CONTROL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_TEXT], trainer)
-    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in MARKS])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=train_tiny_tokenizer(), eos_token=END_TOKEN)
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
