@@ -1,0 +1,358 @@
+"""The one thread that a library's generator lives on: it loads the model, and computes step after step.
+
+When a step breaks, the library's generator is made anew over the same memory, and the oldest text goes on
+alone until it has ended: one that breaks alone ends in the error, and the others go on from where they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from gallama.engines.answer_streams import DraftChecked, Job, TokensAdded, Update
+from gallama.engines.generators.text import Text, as_told
+from gallama.errors import EngineFailed, GallamaError, WorkerUnavailable
+from gallama.generation import EngineStatus, Vocabulary
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[Sequence[tuple[Job, Update]]], None]
+"""Takes a step's updates for all jobs at once; called from the generator's thread."""
+
+
+class Generator(Protocol):
+    """A library's generator with its model. Made and used by one thread, and by no other."""
+
+    slots: int
+    """Texts that it computes side by side, at most."""
+    context_length: int
+    """Tokens of prompt and answer together that one text may have."""
+
+    def start(self, text: Text) -> bool:
+        """Begin a leg over what is written of a text, and set `text.leg`.
+
+        Returns:
+            False: there is no room now; to be asked again after a step. Only while others are under way.
+
+        Raises:
+            GallamaError, or anything else: this text cannot be computed.
+        """
+        ...
+
+    def cancel(self, text: Text) -> None:
+        """End a text's leg between two steps; its place in the cache is free at once."""
+        ...
+
+    def step(self) -> None:
+        """Compute one step of all legs, and tell the texts what came of it.
+
+        A leg that is over is ended by `text.end_leg`. If the text has no outcome then, it gets another one.
+
+        Raises:
+            Anything: the step broke, and all legs are lost.
+        """
+        ...
+
+    def rebuild(self) -> None:
+        """After a step that broke: forget all legs and what the cache holds."""
+        ...
+
+    def probe(self) -> None:
+        """Compute a token for nobody; the cache stays as it is.
+
+        Raises:
+            Anything: that did not work, or gave no numbers.
+        """
+        ...
+
+    def cached_tokens(self) -> int: ...
+
+    def close(self) -> None:
+        """Give all memory back."""
+        ...
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Since the start, over all requests."""
+
+    steps: int = 0
+    sampled_tokens: int = 0
+    forced_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_draft_tokens: int = 0
+
+    def count(self, update: Update) -> None:
+        match update:
+            case TokensAdded(were_forced=True):
+                self.forced_tokens += len(update.token_ids)
+            case TokensAdded():
+                self.sampled_tokens += len(update.token_ids)
+            case DraftChecked():
+                self.drafted_tokens += update.drafted_tokens
+                self.accepted_draft_tokens += update.accepted_tokens
+            case _:
+                pass
+
+
+class GeneratorThread:
+    """Runs jobs until they end, side by side. Its public methods may be called from any thread."""
+
+    def __init__(
+        self, make_generator: Callable[[], Generator], vocabulary: Vocabulary, sink: Sink, *, name: str
+    ) -> None:
+        """
+        Args:
+            make_generator: loads the model; called on the thread.
+            name: of the thread.
+        """
+        self._make_generator = make_generator
+        self._vocabulary = vocabulary
+        self._sink = sink
+        self._inbox: queue.SimpleQueue[Job | Future[None] | None] = queue.SimpleQueue()
+        self._probes: list[Future[None]] = []
+        self._waiting: deque[Job] = deque()
+        self._texts: list[Text] = []
+        """Those that have a slot, the oldest first."""
+        self._alone: Text | None = None
+        """The only text that is computed, to see whether it is the one that breaks."""
+        self._defect: GallamaError | None = None
+        """Why nothing can be computed any more."""
+        self._totals = _Totals()
+        self._cached_tokens = 0
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._loaded: Future[int] = Future()
+
+    def start(self) -> int:
+        """Load the model; the length of its context. Blocks for as long as that takes.
+
+        Raises:
+            Whatever loading raises.
+        """
+        self._thread.start()
+        return self._loaded.result()
+
+    def submit(self, job: Job) -> None:
+        self._inbox.put(job)
+
+    def probe(self) -> Future[None]:
+        """Compute a token and forget it, unless something is computed anyway; done once that has worked."""
+        probe: Future[None] = Future()
+        self._inbox.put(probe)
+        return probe
+
+    def cancel(self, job: Job) -> None:
+        """End a job; its slot is free at the next step."""
+        job.cancelled = True
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            busy_slots=len(self._texts),
+            waiting=len(self._waiting) + self._inbox.qsize(),
+            cached_tokens=self._cached_tokens,
+            **asdict(self._totals),
+        )
+
+    def close(self) -> None:
+        """End after the step at hand, and give all memory back; jobs under way end in an error."""
+        self._is_closing = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            generator = self._make_generator()
+        except BaseException as error:
+            self._loaded.set_exception(error)
+            return
+        self._loaded.set_result(generator.context_length)
+        while not self._is_closing:
+            self._receive()
+            try:
+                self._turn(generator)
+            except BaseException as error:  # this thread must outlive every bug, or nobody answers
+                logger.exception("what runs the answers broke; %d of them are lost", len(self._texts))
+                self._give_up(generator, as_told(error))
+        self._end_all(generator)
+
+    def _receive(self) -> None:
+        """Take new jobs; with nothing to do, sleep until one comes."""
+        may_sleep = not (self._texts or self._waiting or self._is_closing)
+        while may_sleep or not self._inbox.empty():
+            message = self._inbox.get()
+            may_sleep = False
+            if isinstance(message, Future):
+                self._probes.append(message)
+            elif message is not None:
+                self._waiting.append(message)
+
+    def _turn(self, generator: Generator) -> None:
+        self._drop_cancelled(generator)
+        self._take_waiting(generator.slots)
+        self._start_legs(generator)
+        has_computed = self._step(generator)
+        self._publish(generator)
+        self._answer_probes(generator, has_computed=has_computed)
+
+    def _drop_cancelled(self, generator: Generator) -> None:
+        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        self._leave(generator, [text for text in self._texts if text.job.cancelled])
+
+    def _take_waiting(self, slots: int) -> None:
+        while self._waiting and len(self._texts) < slots:
+            self._texts.append(Text(self._waiting.popleft(), self._vocabulary))
+
+    def _start_legs(self, generator: Generator) -> None:
+        """Start what has no leg, in order; nobody overtakes one for which there is no room."""
+        for text in self._texts if self._alone is None else [self._alone]:
+            if self._defect is not None:
+                text.fail(self._defect)
+            if text.leg is None and text.outcome is None and not self._start_leg(generator, text):
+                return
+
+    def _start_leg(self, generator: Generator, text: Text) -> bool:
+        """Whether the next one may be started, too."""
+        text.append_forced()
+        if text.outcome is not None:
+            return True
+        try:
+            has_started = generator.start(text)
+        except BaseException as error:
+            if not isinstance(error, GallamaError):
+                logger.exception("an answer could not be started")
+            text.fail(error)
+            return True
+        if not has_started and not self._running():
+            text.fail(EngineFailed("The engine has no room for this answer, though it computes no other."))
+            return True
+        assert not has_started or text.leg is not None, "what has started has a leg"
+        return has_started
+
+    def _running(self) -> list[Text]:
+        return [text for text in self._texts if text.leg is not None]
+
+    def _step(self, generator: Generator) -> bool:
+        """Whether something was computed."""
+        running = self._running()
+        if not running:
+            return False
+        try:
+            generator.step()
+        except BaseException as error:
+            logger.exception("a step with %d answers broke", len(running))
+            told = as_told(error)
+        else:
+            self._totals.steps += 1
+            return True
+        # Only here, where nobody holds the tensors of the broken step any more.
+        self._go_on_alone(generator, running, told)
+        return False
+
+    def _go_on_alone(self, generator: Generator, running: list[Text], error: GallamaError) -> None:
+        """After a step that broke: the oldest text is computed alone until it has ended.
+
+        Args:
+            running: those that were in the step.
+        """
+        if len(running) == 1:
+            running[0].fail(error)
+        for text in running:
+            text.step_back()
+            text.end_leg()
+        self._alone = running[0]
+        self._rebuild(generator)
+
+    def _rebuild(self, generator: Generator) -> None:
+        """Make the library forget all legs."""
+        try:
+            generator.rebuild()
+        except BaseException:
+            logger.exception("the generator could not be made anew")
+            self._defect = EngineFailed("The model cannot be computed any more; it must be loaded again.")
+
+    def _publish(self, generator: Generator) -> None:
+        """Hand over what is new, and let go of what has ended, before anybody hears of that."""
+        updates = [(text.job, update) for text in self._texts for update in text.take_updates()]
+        self._leave(generator, [text for text in self._texts if text.outcome is not None])
+        for _, update in updates:
+            self._totals.count(update)
+        if updates:
+            self._sink(updates)
+
+    def _leave(self, generator: Generator, texts: Sequence[Text]) -> None:
+        """Free the slots of texts that go on no more."""
+        for text in texts:
+            self._texts.remove(text)
+            if text is self._alone:
+                self._alone = None
+            if text.leg is not None:
+                self._cancel(generator, text)
+        if texts and self._defect is None:
+            self._cached_tokens = generator.cached_tokens()
+
+    def _cancel(self, generator: Generator, text: Text) -> None:
+        try:
+            generator.cancel(text)
+        except BaseException:
+            logger.exception("an answer could not be cancelled; all are started again")
+            for other in self._texts:
+                other.end_leg()
+            self._rebuild(generator)
+        text.end_leg()
+
+    def _answer_probes(self, generator: Generator, *, has_computed: bool) -> None:
+        probes, self._probes = self._probes, []
+        for probe in probes:
+            _answer(probe, None if has_computed else self._computes(generator))
+
+    def _computes(self, generator: Generator) -> BaseException | None:
+        """Compute a token while there is nothing else to do; what went wrong with it."""
+        if self._defect is not None:
+            return self._defect
+        try:
+            generator.probe()
+        except BaseException as error:
+            logger.exception("a token for nobody could not be computed")
+            return error
+        self._totals.steps += 1
+        return None
+
+    def _give_up(self, generator: Generator, error: GallamaError) -> None:
+        """End all texts in an error."""
+        texts, self._texts, self._alone = self._texts, [], None
+        self._rebuild(generator)
+        for text in texts:
+            text.fail(error)
+        self._sink([(text.job, update) for text in texts for update in text.take_updates()])
+
+    def _end_all(self, generator: Generator) -> None:
+        """Let everybody know that there will be no more steps, also those who came only now."""
+        error = WorkerUnavailable("The model is being unloaded.")
+        self._receive()
+        self._texts += [Text(job, self._vocabulary) for job in self._waiting]
+        self._waiting.clear()
+        for text in self._texts:
+            text.fail(error)
+        self._publish(generator)
+        for probe in self._probes:
+            _answer(probe, error)
+        try:
+            generator.close()
+        except BaseException:
+            logger.exception("the generator could not be closed")
+
+
+def _answer(probe: Future[None], error: BaseException | None) -> None:
+    if not probe.set_running_or_notify_cancel():
+        return  # nobody waits any more
+    if error is None:
+        probe.set_result(None)
+    else:
+        probe.set_exception(GallamaError(f"The model cannot be computed: {error}"))
