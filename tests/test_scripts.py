@@ -13,23 +13,30 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"])
 NO_AMX = ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
 
 # Makes a virtual environment of itself, and notes what it is to install, and with which options. What it
-# installs as `gallama` notes which environment it is to build, and where.
+# installs as `gallama` notes which environment it is to build, and where. Into other folders it unpacks.
 PYTHON = """\
 #!/bin/sh
 case "$*" in
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip --version") ;;
+    *" --target "*)
+        while [ "$1" != --target ]; do shift; done
+        echo "$3" >> unpacked
+        if [ -f no-network ]; then exit 1; fi
+        mkdir -p "$2/${3%==*}-${3##*==}.dist-info" ;;
     "-m pip install"*)
         echo "$* CMAKE_ARGS=${CMAKE_ARGS:-}" >> installed
         if [ -f no-network ]; then exit 1; fi
@@ -108,6 +115,11 @@ class Copy:
     def environments(self) -> list[str]:
         """A line for each time that an environment was to be built: its name, and two variables."""
         log = self.folder / "environments"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def unpacked(self) -> list[str]:
+        """Each package that was to be unpacked, with its version."""
+        log = self.folder / "unpacked"
         return log.read_text().splitlines() if log.exists() else []
 
     def cmake_args(self) -> str:
@@ -228,6 +240,34 @@ class TestTheEnvironmentThatEmbeds:
         assert copy.setup("dev").returncode == 0
 
 
+class TestTheSourcesOfExllama:
+    def test_come_with_the_tools_for_development(self, copy: Copy) -> None:
+        copy.setup("dev")
+        assert [package.split("==")[0] for package in copy.unpacked()] == ["exllamav2", "exllamav3"]
+        assert {path.name for path in (copy.folder / ".gallama-test" / "exllama").iterdir()} == {
+            "exllamav2",
+            "exllamav3",
+        }
+
+    def test_do_not_come_with_the_demo(self, copy: Copy) -> None:
+        copy.setup("demo")
+        assert copy.unpacked() == []
+
+    def test_are_versions_that_the_extras_allow(self, copy: Copy) -> None:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        copy.setup("dev")
+        for package in copy.unpacked():
+            name, version = package.split("==")
+            (allowed,) = (each for each in map(Requirement, extras[name]) if each.name == name)
+            assert allowed.specifier.contains(version), package
+
+    def test_are_unpacked_again_where_one_is_missing(self, copy: Copy) -> None:
+        copy.setup("dev")
+        shutil.rmtree(copy.folder / ".gallama-test" / "exllama" / "exllamav3")
+        assert copy.setup("dev").returncode == 0
+        assert len(copy.unpacked()) == 4
+
+
 APT_GET = """\
 #!/bin/sh
 echo "$*" >> apt-get-calls
@@ -235,7 +275,23 @@ case "$*" in
     *install*) printf '#!/bin/sh\\n' > programs/chromium && chmod +x programs/chromium ;;
 esac
 """
-TOOLS = ("bash", "cat", "chmod", "cksum", "cp", "dirname", "getconf", "grep", "mkdir", "printf", "sh")
+TOOLS = (
+    *(
+        "bash",
+        "cat",
+        "chmod",
+        "cksum",
+        "cp",
+        "dirname",
+        "getconf",
+        "grep",
+        "mkdir",
+        "mv",
+        "printf",
+        "rm",
+        "sh",
+    ),
+)
 
 
 class TestChromium:

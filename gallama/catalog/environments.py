@@ -36,6 +36,8 @@ class Environment:
     name: str
     modules: Sequence[str]
     """What the engine imports."""
+    compiled: str | None = None
+    """The one of them that compiles a CUDA extension when it is imported for the first time."""
     newest_python: tuple[int, int] | None = None
     """Where some of its requirements cannot be had for later ones."""
 
@@ -55,6 +57,16 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             newest_python=(3, 12),
         ),
         Environment(name="transformers", modules=("torch", "transformers", "safetensors", "accelerate")),
+        Environment(
+            name="exllamav2",
+            modules=("torch", "safetensors", "tokenizers", "exllamav2"),
+            compiled="exllamav2",
+        ),
+        Environment(
+            name="exllamav3",
+            modules=("torch", "safetensors", "tokenizers", "exllamav3"),
+            compiled="exllamav3",
+        ),
     )
 }
 
@@ -79,6 +91,11 @@ def environment_folder(name: str, variables: Mapping[str, str]) -> Path:
 def interpreter_in(folder: Path) -> Path:
     """The Python of an environment."""
     return folder / "bin" / "python"
+
+
+def extensions_folder(folder: Path) -> Path:
+    """Where an environment keeps CUDA extensions that are compiled in it."""
+    return folder / "torch_extensions"
 
 
 def requirements_of(extra: str) -> tuple[str, ...]:

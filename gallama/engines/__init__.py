@@ -56,11 +56,15 @@ def _load_by(module: str, needs: str) -> Loader[T_co]:
 
 _LLAMA_CPP = "llama-cpp-python: pip install 'gallama[llama-cpp]'"
 _TRANSFORMERS = "transformers and torch: gallama setup transformers"
+_EXLLAMAV2 = "exllamav2 and torch with CUDA, in an environment of their own: gallama setup exllamav2"
+_EXLLAMAV3 = "exllamav3 and torch with CUDA, in an environment of their own: gallama setup exllamav3"
 _INFINITY = "infinity-emb, in an environment of its own: gallama setup embedding"
 
 ENGINES: dict[str, Loader[Engine]] = {
     "llama_cpp": _load_by("llama_cpp", _LLAMA_CPP),
     "transformers": _load_by("transformers", _TRANSFORMERS),
+    "exllamav2": _load_by("exllamav2", _EXLLAMAV2),
+    "exllamav3": _load_by("exllamav3", _EXLLAMAV3),
     "scripted": _load_by("scripted", "nothing"),
 }
 """What makes text."""
