@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gallama.config import ModelSpec
+from gallama.engines.draft_vocabulary import check_same_vocabulary
 from gallama.engines.llama_cpp.bindings import (
     CACHE_TYPES,
     ContextOptions,
@@ -104,13 +105,7 @@ def _draft_with(
             f"The draft model {name!r} cannot take tokens back: it sums up what it has read in a state. Name"
             " another `draft_model_id`."
         )
-    shared = shared_vocabulary(vocabulary, model.read_vocabulary(()))
-    if shared is None:
-        raise InvalidConfig(
-            f"The draft model {name!r} ({model.vocabulary_size} tokens) has another vocabulary than the model"
-            f" {spec.model_name or spec.model_id!r} ({len(vocabulary.tokens)} tokens). Name a"
-            " `draft_model_id` of the same family."
-        )
+    shared = check_same_vocabulary(vocabulary, model.read_vocabulary(()))
     context = NativeContext(model, options)
 
     def close() -> None:
@@ -133,24 +128,6 @@ def _draft_with(
         set_threads=lambda threads: context.set_threads(threads, threads),
         close=close,
     )
-
-
-def shared_vocabulary(one: Vocabulary, other: Vocabulary) -> int | None:
-    """How many tokens two vocabularies have in common from the first on; None: they differ.
-
-    A model may have more tokens than its sibling where those are mere padding: without text and name.
-    """
-    if one.fingerprint == other.fingerprint:
-        return len(one.tokens)
-    shorter, longer = sorted((one, other), key=lambda vocabulary: len(vocabulary.tokens))
-    shared = len(shorter.tokens)
-    ends = shorter.end_token_ids | longer.end_token_ids
-    if any(longer.tokens[shared:]) or longer.control_tokens != shorter.control_tokens:
-        return None
-    pairs = zip(shorter.tokens, longer.tokens, strict=False)
-    # The text of an end token is not told.
-    are_alike = all(mine == yours or token_id in ends for token_id, (mine, yours) in enumerate(pairs))
-    return shared if are_alike and len(longer.tokens) > shared else None
 
 
 def _draft_model_options(spec: ModelSpec, target: ModelOptions) -> ModelOptions:

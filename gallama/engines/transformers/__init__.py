@@ -14,9 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from gallama.config import ModelSpec
 from gallama.engines import ignore_progress
 from gallama.engines.answer_streams import AnswerStreams
+from gallama.engines.tokenizer_folder import FolderTokens
 from gallama.engines.transformers.computation import CausalModel
 from gallama.engines.transformers.loading import (
-    Tokens,
     free_memory,
     load_config,
     load_tokens,
@@ -65,7 +65,7 @@ class TransformersEngine:
     def __init__(
         self,
         model: Any,
-        tokens: Tokens,
+        tokens: FolderTokens,
         spec: ModelSpec,
         options: TransformersOptions,
         *,

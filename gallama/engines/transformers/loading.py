@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,20 @@ from transformers.utils import is_accelerate_available
 from transformers.utils import logging as library_logging
 
 from gallama.config import ModelSpec
+from gallama.engines.tokenizer_folder import (
+    FolderTokens,
+    default_template,
+    make_tokens,
+    read_generation_ends,
+)
 from gallama.engines.transformers.options import TransformersOptions, placement
-from gallama.engines.transformers.vocabulary import TokenizerFile, read_vocabulary, token_named
 from gallama.errors import GallamaError, InvalidConfig, MissingExtra, ModelLoadFailed, NotEnoughMemory
-from gallama.generation import ReportProgress, Vocabulary
+from gallama.generation import ReportProgress
 
 logger = logging.getLogger(__name__)
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MANY = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """What a model reads and writes."""
-
-    file: TokenizerFile
-    vocabulary: Vocabulary
-    chat_template: str
-    """Its own; "" when it has none."""
 
 
 def load_config(path: Path, options: TransformersOptions) -> Any:
@@ -89,7 +83,7 @@ def longest_text(config: Any, spec: ModelSpec) -> int | None:
     return longest
 
 
-def load_tokens(path: Path, config: Any, spec: ModelSpec, options: TransformersOptions) -> Tokens:
+def load_tokens(path: Path, config: Any, spec: ModelSpec, options: TransformersOptions) -> FolderTokens:
     """The tokenizer of the folder.
 
     Raises:
@@ -105,13 +99,15 @@ def load_tokens(path: Path, config: Any, spec: ModelSpec, options: TransformersO
             f"{path} has no tokenizer.json, and its tokenizer cannot be made into one; save it with"
             " `PreTrainedTokenizerFast.save_pretrained`."
         )
-    description = tokenizer.backend_tokenizer.to_str()
-    plain = TokenizerFile(description)
-    ends = _end_tokens(path, config, tokenizer, [token_named(plain, text) for text in spec.eos_token_list])
-    names = {token: name for name, token in plain.ids.items()}
-    file = TokenizerFile(description, extra_control=[names[token] for token in ends if token in names])
-    vocabulary = read_vocabulary(file, end_tokens=[token for token in ends if token in names])
-    return Tokens(file, vocabulary, _chat_template(tokenizer))
+    text_config = config.get_text_config()
+    ends = [tokenizer.eos_token_id, *read_generation_ends(path), *_as_list(text_config.eos_token_id)]
+    return make_tokens(
+        tokenizer.backend_tokenizer,
+        end_tokens=[token for token in ends if token is not None],
+        spec=spec,
+        chat_template=default_template(tokenizer.chat_template),
+        model_tokens=getattr(text_config, "vocab_size", None),
+    )
 
 
 def load_weights(
@@ -203,30 +199,8 @@ def _has_text_inside(architecture: str) -> bool:
     return architecture.endswith("ForConditionalGeneration")
 
 
-def _end_tokens(path: Path, config: Any, tokenizer: Any, extra: Sequence[int]) -> list[int]:
-    """What ends an answer, the one that the tokenizer's template ends messages with first."""
-    generation = _generation_config(path)
-    named = [tokenizer.eos_token_id, *_as_list(generation), *_as_list(config.get_text_config().eos_token_id)]
-    return list(dict.fromkeys(token for token in [*named, *extra] if token is not None))
-
-
-def _generation_config(path: Path) -> Any:
-    if not (path / "generation_config.json").is_file():
-        return None
-    with naming(path):
-        return transformers.GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
-
-
 def _as_list(token_ids: Any) -> list[int]:
     return list(token_ids) if isinstance(token_ids, list | tuple) else [token_ids]
-
-
-def _chat_template(tokenizer: Any) -> str:
-    """The model's own template; of several the one for talking."""
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    return template or ""
 
 
 def _check_weights(path: Path, found: Mapping[str, Any]) -> None:

@@ -131,13 +131,13 @@ def read_vocabulary(file: TokenizerFile, *, end_tokens: Sequence[int]) -> Vocabu
     )
 
 
-def token_named(file: TokenizerFile, text: str) -> int:
+def token_named(tokenizer: Tokenizer, text: str) -> int:
     """The token of `eos_token_list`.
 
     Raises:
         InvalidConfig: the text is no one token.
     """
-    token_ids = file.tokenize(text)
+    token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     if len(token_ids) != 1:
         raise InvalidConfig(f"`eos_token_list` has {text!r}, which is not one token of this model.")
     return token_ids[0]

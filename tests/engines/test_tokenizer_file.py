@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from gallama.engines.transformers.vocabulary import TokenizerFile, read_vocabulary
+from gallama.engines.tokenizer_file import TokenizerFile, read_vocabulary
 from gallama.errors import ModelLoadFailed
 from tests.engines.tiny_llama import tiny_tokenizer
 
