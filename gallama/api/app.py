@@ -83,7 +83,7 @@ def create_app(pool: WorkerPool, config: ServerConfig, tracing: Tracing | None =
     app.state.config = config
     app.state.keys = KeyRing(config)
     app.state.body_room = BodyRoom(MAX_BODIES * config.max_body_bytes)
-    app.state.metrics = metrics.Metrics(lambda: pool.models)
+    app.state.metrics = metrics.Metrics(lambda: pool.models, lambda: pool.gpus)
     app.state.status = status_page.Status(pool)
     pool.add_observer(app.state.metrics.record)
     pool.add_observer(log_request)

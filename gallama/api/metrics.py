@@ -30,6 +30,7 @@ from starlette.responses import Response
 
 from gallama import __version__
 from gallama.errors import GallamaError
+from gallama.pool.gpus import Gpu
 from gallama.pool.ticket import Outcome, RequestRecord
 from gallama.pool.views import InstanceState, ServedInstance, ServedModel
 
@@ -43,6 +44,7 @@ _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1)
 
 Models = Callable[[], Sequence[ServedModel]]
+Gpus = Callable[[], Sequence[Gpu]]
 
 
 @router.get("/metrics")
@@ -55,8 +57,12 @@ async def tell_metrics(request: Request) -> Response:
 class Metrics:
     """The figures of one gateway."""
 
-    def __init__(self, models: Models) -> None:
-        """`models`: gives all that are known now."""
+    def __init__(self, models: Models, gpus: Gpus = lambda: ()) -> None:
+        """
+        Args:
+            models: gives all that are known now.
+            gpus: gives those that the gateway sees.
+        """
         # Else each counter has a twin that tells when it began.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._models = models
@@ -64,7 +70,7 @@ class Metrics:
         """The models that have figures."""
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._registry.register(_PoolCollector(models))
+        self._registry.register(_PoolCollector(models, gpus))
         build = Info("gallama_build", "The version that runs.", registry=self._registry)
         build.info({"version": __version__})
         self._requests = self._counter("requests", "Requests that have ended.", "outcome", "code")
@@ -137,10 +143,11 @@ class Metrics:
 
 
 class _PoolCollector(Collector):
-    """What the models and their instances do in the moment of asking."""
+    """What the models, their instances and the GPUs do in the moment of asking."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, gpus: Gpus) -> None:
         self._models = models
+        self._gpus = gpus
 
     def collect(self) -> Iterator[Metric]:
         models = self._models()
@@ -165,6 +172,11 @@ class _PoolCollector(Collector):
                 counter.add_metric((model.name, str(instance.number)), count_of_instance(instance))
             yield counter
         yield _state_gauge(models)
+        for name, text, figure_of_gpu in _GPU_GAUGES:
+            gauge = GaugeMetricFamily(f"gallama_{name}", text, labels=("gpu", "name"))
+            for gpu in self._gpus():
+                gauge.add_metric((str(gpu.index), gpu.name), figure_of_gpu(gpu))
+            yield gauge
 
 
 def _state_gauge(models: Sequence[ServedModel]) -> Metric:
@@ -229,6 +241,14 @@ _INSTANCE_GAUGES: Sequence[tuple[str, str, Callable[[ServedInstance], float]]] =
     ("capacity_requests", "Requests that may be answered at once.", lambda instance: instance.capacity),
     ("load_progress", "The part of the model that is loaded, 0 to 1.", lambda instance: instance.progress),
     ("worker_memory_bytes", "Resident memory of the process.", lambda instance: instance.memory_bytes),
+)
+_GPU_GAUGES: Sequence[tuple[str, str, Callable[[Gpu], float]]] = (
+    ("gpu_memory_bytes", "Memory that a GPU has.", lambda gpu: gpu.total_bytes),
+    (
+        "gpu_memory_used_bytes",
+        "What of it all processes of the machine use.",
+        lambda gpu: gpu.total_bytes - gpu.free_bytes,
+    ),
 )
 _INSTANCE_COUNTERS: Sequence[tuple[str, str, Callable[[ServedInstance], float]]] = (
     (

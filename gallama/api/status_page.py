@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gallama import __version__
+from gallama.pool.gpus import Gpu
 from gallama.pool.pool import WorkerPool
 from gallama.pool.views import Problem, ServedInstance, ServedModel
 
@@ -114,12 +115,13 @@ class Status:
             "waiting": sum(model["waiting"] for model in models),
             "tokens_per_second": round(sum(model["tokens_per_second"] for model in models), 1),
             "memory_bytes": sum(model["memory_bytes"] for model in models),
+            "gpus": [_gpu(gpu) for gpu in self._pool.gpus],
             "models": models,
             "problems": [_problem(problem) for problem in reversed(self._pool.recent_problems)],
         }
 
     async def refresh(self) -> None:
-        """Ask the workers what they do, unless they were just asked."""
+        """Ask the workers and the GPUs, unless they were just asked."""
         async with self._reading:
             if self._clock() - self._read_at >= _MIN_INTERVAL_SECONDS:
                 await self._read()
@@ -170,6 +172,15 @@ class Status:
             "starts": instance.starts,
             "problem": instance.problem,
         }
+
+
+def _gpu(gpu: Gpu) -> dict[str, Any]:
+    return {
+        "index": gpu.index,
+        "name": gpu.name,
+        "memory_bytes": gpu.total_bytes,
+        "memory_used_bytes": gpu.total_bytes - gpu.free_bytes,
+    }
 
 
 def _problem(problem: Problem) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from gallama.errors import (
     WorkerDied,
 )
 from gallama.pool.account import Account
-from gallama.pool.gpus import GpuInventory, Placement, seen_gpus
+from gallama.pool.gpus import Gpu, GpuInventory, Placement, seen_gpus
 from gallama.pool.instance import Instance
 from gallama.pool.launchers import Launcher
 from gallama.pool.launchers.local import LocalLauncher
@@ -95,6 +95,8 @@ class WorkerPool:
         self._launcher = launcher or LocalLauncher()
         self._inventory = inventory
         self._memory = Memory(inventory, self._placed)
+        self.gpus: Sequence[Gpu] = ()
+        """Those that the gateway sees, as of the last `refresh`."""
         self._observers = list(observers)
         self._numbers = itertools.count(1)
         self._queues: dict[str, ModelQueue] = {}
@@ -161,8 +163,9 @@ class WorkerPool:
         self._observers.append(observer)
 
     async def refresh(self) -> None:
-        """Ask the workers what they do: what is told of them is then of this moment."""
+        """Ask the workers and the GPUs: what is told of them is then of this moment."""
         instances = [instance for queue in self._queues.values() for instance in queue.instances]
+        self.gpus = await asyncio.to_thread(self._inventory)
         await asyncio.gather(*(instance.supervisor.refresh() for instance in instances))
 
     @property

@@ -8,21 +8,26 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from gallama import __version__
+from gallama.api.app import create_app
 from gallama.api.metrics import Metrics
+from gallama.config import ServerConfig
+from gallama.pool.gpus import Gpu
+from gallama.pool.pool import WorkerPool
 from gallama.pool.ticket import RequestRecord
 from gallama.pool.views import InstanceState, ServedInstance, ServedModel
 from gallama.wire import WorkerStatus
 
-LABELS = ("model", "instance", "outcome", "code", "state", "version", "le")
+LABELS = ("model", "instance", "outcome", "code", "state", "version", "le", "gpu", "name")
 RECORD = RequestRecord(
     request_id="r-1",
     operation="chat",
@@ -43,6 +48,8 @@ RECORD = RequestRecord(
     accepted_draft_tokens=5,
     rejected_draft_tokens=2,
 )
+
+GPU = Gpu(index=1, name="RTX 4090", total_bytes=24_000_000_000, free_bytes=20_000_000_000)
 
 
 def instance(number: int, state: InstanceState = "ready", **values: Any) -> ServedInstance:
@@ -105,9 +112,9 @@ def _shown(labels: Mapping[str, str]) -> str:
 class Known:
     """The models that there are; a test changes them."""
 
-    def __init__(self, *models: ServedModel) -> None:
+    def __init__(self, *models: ServedModel, gpus: Sequence[Gpu] = ()) -> None:
         self.models = list(models)
-        self.metrics = Metrics(lambda: self.models)
+        self.metrics = Metrics(lambda: self.models, lambda: gpus)
 
     def samples(self) -> dict[str, float]:
         return samples(self.metrics.text().decode())
@@ -236,6 +243,19 @@ class TestLabels:
         assert "r-secret" not in text
 
 
+class TestGpus:
+    async def test_the_memory_of_each_is_looked_up_when_somebody_asks(self) -> None:
+        pool = WorkerPool([], inventory=lambda: [GPU])
+        transport = httpx.ASGITransport(create_app(pool, ServerConfig()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            found = samples((await client.get("/metrics")).text)
+        assert found["gallama_gpu_memory_bytes{gpu=1,name=RTX 4090}"] == 24_000_000_000
+        assert found["gallama_gpu_memory_used_bytes{gpu=1,name=RTX 4090}"] == 4_000_000_000
+
+    def test_a_machine_without_gpus_has_no_figures_of_any(self, known: Known) -> None:
+        assert not any(name.startswith("gallama_gpu") for name in known.samples())
+
+
 class TestModels:
     def test_what_waits_and_runs_is_looked_up(self) -> None:
         both = (
@@ -276,7 +296,8 @@ class TestModels:
         assert found["process_resident_memory_bytes{}"] > 0
 
 
-def test_the_document_names_each_figure_with_its_labels(known: Known) -> None:
+def test_the_document_names_each_figure_with_its_labels() -> None:
+    known = Known(model("mistral", instance(1)), gpus=[GPU])
     known.metrics.record(record())
     document = (Path(__file__).parents[2] / "docs/observing.md").read_text()
     documented = {

@@ -8,17 +8,18 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, HttpCredentials, Page, expect, sync_playwright
+from playwright.sync_api import Browser, HttpCredentials, Page, Route, expect, sync_playwright
 
 from gallama import __version__
 from gallama.api.app import create_app
 from gallama.api.status_page import WINDOW_SECONDS, Speedometer
 from gallama.config import ServerConfig
+from gallama.pool.gpus import Gpu
 from gallama.pool.pool import WorkerPool
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -77,8 +78,8 @@ class TestSpeed:
         assert all(len(readings) <= 2 * WINDOW_SECONDS + 2 for readings in kept.values())
 
 
-def client_of_nothing() -> httpx.AsyncClient:
-    app = create_app(WorkerPool([]), ServerConfig())
+def client_of_nothing(gpus: Sequence[Gpu] = ()) -> httpx.AsyncClient:
+    app = create_app(WorkerPool([], inventory=lambda: gpus), ServerConfig())
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
@@ -110,9 +111,18 @@ class TestPage:
             "waiting": 0,
             "tokens_per_second": 0,
             "memory_bytes": 0,
+            "gpus": [],
             "models": [],
             "problems": [],
         }
+
+    async def test_the_gpus_are_told_with_what_is_used_of_them(self) -> None:
+        gpu = Gpu(index=0, name="RTX 4090", total_bytes=24 * 2**30, free_bytes=20 * 2**30)
+        async with client_of_nothing([gpu]) as client:
+            status = (await client.get("/status")).json()
+        assert status["gpus"] == [
+            {"index": 0, "name": "RTX 4090", "memory_bytes": 24 * 2**30, "memory_used_bytes": 4 * 2**30}
+        ]
 
 
 MODELS = {
@@ -222,6 +232,22 @@ class TestBrowser:
             expect(page.locator("#speed")).not_to_have_text("0.0", timeout=LOOK_MS)
         expect(instance).to_contain_text("0 of 1", timeout=LOOK_MS)
         assert page.evaluate("window.isTheSame")
+
+    def test_the_memory_of_gpus_is_shown_where_there_are_any(self, page: Page) -> None:
+        expect(page.locator("#gpu-card")).to_be_hidden()
+        gpus = [
+            {"index": index, "name": HOSTILE, "memory_bytes": 24 * 2**30, "memory_used_bytes": 4 * 2**30}
+            for index in range(2)
+        ]
+
+        def add_gpus(route: Route) -> None:
+            answer = route.fetch()
+            route.fulfill(response=answer, json=answer.json() | {"gpus": gpus})
+
+        page.route("**/status", add_gpus)
+        expect(page.locator("#gpu-memory")).to_have_text("8.0 GiB / 48.0 GiB", timeout=LOOK_MS)
+        assert page.title() == "gallama"
+        page.unroute_all(behavior="wait")
 
     def test_a_hostile_name_is_a_text(self, page: Page) -> None:
         assert self.model(page, HOSTILE).count() == 1
