@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gallama.catalog.embedded import EMBEDDED, EmbeddedModel, find_embedded, installed_embedded
-from gallama.catalog.gguf_files import find_gguf, model_name_of
-from gallama.catalog.model_files import engine_for, find_model
+from gallama.catalog.gguf_files import model_name_of
+from gallama.catalog.model_files import check_draft_model, engine_for, find_model
 from gallama.config import (
     SPECULATION_KEYS,
     ModelSpec,
@@ -20,6 +20,7 @@ from gallama.config import (
     layer_defaults,
     layer_values,
     validated,
+    why_backend_cannot,
 )
 from gallama.errors import InvalidConfig
 
@@ -186,6 +187,7 @@ def _with_draft_file(model: ResolvedModel, config: ServerConfig, folder: Path) -
             f" file, no file or folder ({_location(asked, folder)}), and no embedded model"
             f" ({', '.join(EMBEDDED)})."
         )
+    check_draft_model(model.spec, path)
     name = model.spec.draft_model_name or entry or model_name_of(_location(asked, folder))
     return replace(
         model,
@@ -196,7 +198,7 @@ def _with_draft_file(model: ResolvedModel, config: ServerConfig, folder: Path) -
 def _draft_file(model_id: str, folder: Path) -> Path | None:
     location = _location(model_id, folder)
     if os.path.exists(location):
-        return find_gguf(location)
+        return find_model(location)
     embedded = find_embedded(model_id)
     return _installed_file(model_id, embedded) if embedded else None
 
@@ -223,9 +225,13 @@ def _installed_file(name: str, embedded: EmbeddedModel) -> Path:
 
 def _resolved(spec: ModelSpec, path: Path, folder: Path) -> ResolvedModel:
     name = spec.model_name or model_name_of(_location(spec.model_id, folder))
+    backend = engine_for(spec, path)
+    problem = why_backend_cannot(backend, spec)
+    if problem is not None:
+        raise InvalidConfig(f"model {spec.model_id!r}: {problem}.")
     found = {
         "model_name": name,
-        "backend": engine_for(spec, path),
+        "backend": backend,
         "python": spec.python and _interpreter(spec.python, spec.model_id, folder),
     }
     return ResolvedModel(

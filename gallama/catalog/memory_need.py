@@ -8,7 +8,8 @@
 | compute | see `_compute_bytes`: what is between the layers for one micro-batch, and the logits |
 | shelf | finished texts in main memory: as many tokens as the cache has, a quarter where cells are divided |
 
-Numbers take 2 bytes in an FP16 cache, 34/32 in Q8 and 18/32 in Q4, which have a scale for each 32.
+Numbers take 2 bytes in an FP16 cache, 34/32 in Q8, 26/32 in Q6 and 18/32 in Q4, which have a scale for each
+32. What the engines of folders take is by other rules; see `_need_of_exllama`.
 """
 
 from __future__ import annotations
@@ -19,24 +20,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gallama.catalog.folder_sizes import FolderSizes, read_folder_sizes, stored_bytes
 from gallama.catalog.gguf_metadata import GgufMetadata, read_gguf_metadata
 from gallama.catalog.lookup import ResolvedModel
 from gallama.config import ModelSpec
 from gallama.config.model_spec import MAX_TOKENS
-from gallama.errors import InvalidConfig
 
 PROCESS_BYTES = 100 * 2**20
 """Main memory of a worker beside its models: Python, libraries, the vocabulary."""
 TORCH_PROCESS_BYTES = 600 * 2**20
 """The same, of a worker that loads torch."""
 
-_CACHE_BYTES_OF_32: Mapping[str, int] = {"FP16": 64, "Q8": 34, "Q4": 18}
+EXLLAMA_PROCESS_BYTES = 1200 * 2**20
+"""The same, of a worker that loads torch, CUDA and the kernels of exllamav2 or exllamav3."""
+
+_CACHE_BYTES_OF_32: Mapping[str, int] = {"FP16": 64, "Q8": 34, "Q6": 26, "Q4": 18}
 # These are llama.cpp's and those of its engine here.
 _CELLS_STEP = 256
 _IDLE_SEQUENCES = 16
 _MOST_DRAFTED_TOKENS = 64
 _MOST_SCORED_TOKENS = 32
 _MICRO_BATCH_TOKENS = 512
+# These are of exllamav2, exllamav3 and their engines here.
+_CHUNK_TOKENS = 2048
+_MOST_NUMBERS_AT_ONCE = 512 * 2**20
+# These are of engines that embed.
 _LONGEST_EMBEDDED_TEXT = 8192
 _EMBEDDED_TEXTS = 64
 
@@ -103,6 +111,8 @@ def estimate_memory(model: ResolvedModel) -> MemoryNeed:
         return MemoryNeed(model=_NOTHING, process_bytes=0)
     if spec.backend in ("transformers", "embedding"):
         return _need_of_folder(model.path)
+    if spec.backend in ("exllamav2", "exllamav3"):
+        return _need_with_exllama(spec, model.path)
     metadata = read_gguf_metadata(model.path)
     if spec.model_type == "embedding":
         return MemoryNeed(model=_need_of_embedder(spec, metadata))
@@ -139,12 +149,58 @@ def _need_of_embedder(spec: ModelSpec, metadata: GgufMetadata) -> ModelNeed:
 
 def _need_of_folder(folder: Path) -> MemoryNeed:
     """Of a model that torch holds: its weights as they are stored. What texts take is not known before."""
-    try:
-        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    except OSError as error:
-        raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
+    weights = stored_bytes(folder)
     need = ModelNeed(weight_bytes=weights, cache_bytes=0, compute_bytes=0, shelf_bytes=0, gpu_bytes=weights)
     return MemoryNeed(model=need, process_bytes=TORCH_PROCESS_BYTES)
+
+
+def _need_with_exllama(spec: ModelSpec, folder: Path) -> MemoryNeed:
+    sizes = read_folder_sizes(folder)
+    length = spec.max_seq_len or min(sizes.context_length, spec.cache_size or sizes.context_length)
+    cells = _round_up(max(spec.cache_size or 0, length) + 1 + spec.most_draft_tokens)
+    quant = spec.cache_quant or "FP16"
+    need = _need_of_exllama(spec, sizes, cells, quant, _gpus_of(spec.gpus))
+    draft = None
+    if spec.speculation == "draft":
+        assert spec.draft_model_id is not None, "the spec has been validated"
+        of_draft = read_folder_sizes(Path(spec.draft_model_id))
+        gpus = _gpus_of(spec.gpus if spec.draft_gpus is None else spec.draft_gpus)
+        draft = _need_of_exllama(spec, of_draft, cells, spec.draft_cache_quant or quant, gpus)
+    return MemoryNeed(model=need, draft=draft, process_bytes=EXLLAMA_PROCESS_BYTES)
+
+
+def _gpus_of(gigabytes: str | tuple[float, ...]) -> int:
+    """How many GPUs are named, at least 1: of `auto` it is not known before they are looked at."""
+    return 1 if isinstance(gigabytes, str) else max(1, sum(size > 0 for size in gigabytes))
+
+
+def _need_of_exllama(
+    spec: ModelSpec, sizes: FolderSizes, cells: int, cache_quant: str, gpus: int
+) -> ModelNeed:
+    """Of a model that exllamav2 or exllamav3 holds, which keep the embedding in main memory.
+
+    Nothing of it has been measured: it is what their sources make room for. On each GPU, tensor parallel or
+    not, there are the vectors between the layers for one chunk of a prompt, and one weight as plain numbers.
+    """
+    cache_bytes = math.ceil(cells * sizes.cache_numbers * _CACHE_BYTES_OF_32[cache_quant] / 32)
+    if spec.backend == "exllamav2" and cache_quant != "FP16":  # one layer at a time is read as FP16
+        cache_bytes += gpus * cells * sizes.widest_cache_numbers * 2
+    rows = spec.max_concurrent_requests * (1 + spec.most_draft_tokens)
+    compute_bytes = gpus * _chunk_bytes(spec.backend, sizes) + rows * sizes.vocabulary_size * 6
+    return ModelNeed(
+        weight_bytes=sizes.weight_bytes,
+        cache_bytes=cache_bytes,
+        compute_bytes=compute_bytes,
+        shelf_bytes=0,
+        gpu_bytes=sizes.weight_bytes - sizes.embedding_bytes + cache_bytes + compute_bytes,
+    )
+
+
+def _chunk_bytes(backend: str, sizes: FolderSizes) -> int:
+    vectors = 2 * (8 * sizes.hidden_length + 4 * sizes.intermediate_length)
+    widest = max(sizes.intermediate_length, sizes.vocabulary_size if backend == "exllamav2" else 0)
+    one_weight = min(sizes.hidden_length * widest, _MOST_NUMBERS_AT_ONCE) if sizes.is_quantized else 0
+    return _CHUNK_TOKENS * vectors + 2 * one_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from gallama.config.model_spec import (
     SamplingDefaults,
     layer_defaults,
     layer_values,
+    why_backend_cannot,
 )
 from gallama.config.problems import validated
 from gallama.config.server_config import ServerConfig
@@ -30,5 +31,6 @@ __all__ = [
     "parse_model_argument",
     "read_config_file",
     "validated",
+    "why_backend_cannot",
     "write_default_config",
 ]

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gallama.config.config_file import GLOBAL_SECTION, SERVER_SECTION
-from gallama.config.model_spec import HONOURED_VALUES, ModelSpec, allowed_names
+from gallama.config.model_spec import ModelSpec, allowed_names
 from gallama.config.server_config import ServerSettings
 from gallama.config.sources import variable_name
 from gallama.errors import InvalidConfig
@@ -68,9 +68,8 @@ def _explain_keys(model: type[BaseModel]) -> str:
 def _explain_key(key: str, field: FieldInfo) -> str:
     assert field.description, f"`{key}` has no docstring to explain it"
     meaning = field.description.split("\n")
-    if key in HONOURED_VALUES:
-        allowed = ", ".join(allowed_names(key))
-        meaning.append(f"One of: {allowed}." if allowed else "Not in this version yet.")
+    if allowed := allowed_names(key):
+        meaning.append(f"One of: {', '.join(allowed)}.")
     explanation = "".join(f"##   {line.strip()}\n" for line in meaning)
     return f"{explanation}#   {key}: {json.dumps(_example(key, field))}\n"
 

@@ -45,15 +45,14 @@ _BACKEND_ALIASES = {
 # Works, but plays a text from its arguments: for tests of everything around an engine.
 _UNDOCUMENTED = ("scripted",)
 
-HONOURED_VALUES: Mapping[str, tuple[object, ...]] = {
-    "backend": ("auto", "llama_cpp", "transformers", "embedding", "scripted"),
-    "model_type": get_args(ModelType),
-    "cache_quant": (None, "FP16", "Q8", "Q4"),
-    "tp": (False,),
-    "speculative": (None, *get_args(Speculative)),
-    "draft_cache_quant": (None, "FP16", "Q8", "Q4"),
+_EXLLAMA = ("exllamav2", "exllamav3")
+_ONLY_WITH: Mapping[tuple[str, object], tuple[str, ...]] = {
+    ("cache_quant", "Q6"): _EXLLAMA,
+    ("draft_cache_quant", "Q6"): _EXLLAMA,
+    ("tp", True): _EXLLAMA,
 }
-"""The keys of which this version does not honour every value, and the values it does. Others are refused."""
+"""Values that not every backend that makes text honours, and those that do."""
+_BACKENDS_THAT_GUESS_AHEAD = ("llama_cpp", *_EXLLAMA)
 
 _BACKENDS_THAT_EMBED = ("auto", "llama_cpp", "embedding", "scripted")
 # Vectors are made in batches: the more requests there are, the fuller these are.
@@ -78,6 +77,8 @@ SPECULATION_KEYS = ("speculative", *_DRAFT_KEYS, "num_draft_tokens")
 """The keys that must go together: each may be right only beside another."""
 # With the token before them, 15 make a step of 16: on a CPU one of 17 takes an eighth longer.
 _DRAFT_TOKENS = {"off": 0, "draft": 8, "ngram": 15}
+# On GPUs all that is guessed is computed, whatever comes of it; the libraries take as many.
+_DRAFT_TOKENS_OF_EXLLAMA = {"off": 0, "draft": 4, "ngram": 4}
 
 CACHE_PAGE_TOKENS = 256
 MAX_TOKENS = 2**30
@@ -85,9 +86,8 @@ MAX_GPUS = 64
 
 
 def allowed_names(key: str) -> list[str]:
-    """The names that this version honours and documents for a key; [] for keys that hold no names."""
-    honoured = HONOURED_VALUES[key] if key in _ENUMERATIONS else ()
-    return [str(name) for name in honoured if name is not None and name not in _UNDOCUMENTED]
+    """The documented names for a key; [] for keys that hold no names."""
+    return [name for name in _ENUMERATIONS.get(key, ()) if name not in _UNDOCUMENTED]
 
 
 def layer_values(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +193,8 @@ class SamplingDefaults(ConfigModel):
 class ModelSpec(ConfigModel):
     """How one model is served. It crosses from the gateway to the worker as JSON.
 
-    Values that this version does not honour are refused, not ignored; see `HONOURED_VALUES`.
+    Values that the backend does not honour are refused, not ignored: here, or by the engine when it loads.
+    While the backend is `auto`, those are allowed that any honours.
     """
 
     model_id: Annotated[Text, Field(examples=["/path/to/model.gguf"])]
@@ -207,8 +208,9 @@ class ModelSpec(ConfigModel):
     strict: bool = False
     """Answer only to its exact name and aliases, even when it is the only model."""
     backend: Backend = "auto"
-    """The engine. Default: by the kind of file: llama_cpp for GGUF, transformers for a folder, embedding
-    (infinity-emb) for the folder of a model that embeds."""
+    """The engine. Default: by the kind of file: llama_cpp for GGUF; of folders, exllamav3 for EXL3, exllamav2
+    for EXL2 and for GPTQ of 4 bits, embedding (infinity-emb) for a model that embeds, transformers for
+    others. exllama is exllamav2."""
     model_type: ModelType = "llm"
     """What the model is for: text (llm), or vectors of texts and rankings of them (embedding)."""
     gpus: Annotated[Gpus, Field(examples=[[22, 22, 10, 0]])] = "auto"
@@ -219,7 +221,8 @@ class ModelSpec(ConfigModel):
     """Tokens of cache that all running requests share; at least max_seq_len, rounded up to 256.
     Default: the model's own limit."""
     cache_quant: Annotated[CacheQuant | None, Field(examples=["Q8"])] = None
-    """How the cache is stored. Default: FP16 with llama_cpp."""
+    """How the cache is stored. Q6 only with exllamav2 and exllamav3; with transformers only FP16.
+    Default: FP16."""
     max_concurrent_requests: Annotated[Count, Field(ge=1, le=1024)] = 16
     """Requests that one instance answers at the same time. Default: 16; 64 for a model that embeds."""
     queue_limit: Annotated[Count, Field(le=100_000)] = 64
@@ -240,12 +243,13 @@ class ModelSpec(ConfigModel):
     frequency_penalty, presence_penalty."""
     backend_extra_args: Annotated[ExtraArguments, Field(examples=[{"n_batch": 512}])] = {}
     """Arguments for the engine's loader; it refuses those that it does not know. They stand in
-    docs/llama_cpp_settings.md, docs/transformers.md and docs/embeddings.md."""
+    docs/llama_cpp_settings.md, docs/exllamav2.md, docs/exllamav3.md, docs/transformers.md and
+    docs/embeddings.md."""
     python: Annotated[Text | None, Field(examples=["/path/to/venv/bin/python"])] = None
     """The Python interpreter of the worker, for an engine with an environment of its own.
     Default: the one that `gallama setup` has built for the backend, else the server's own."""
     tp: bool = False
-    """Split every layer over all GPUs (tensor parallel)."""
+    """Split every layer over all GPUs (tensor parallel). Only with exllamav2 and exllamav3."""
     speculative: Speculative | None = None
     """How tokens are guessed ahead, to be checked several at a time: with a draft model, by ngram, which is
     what followed the same words before in prompt and answer, or by auto, the draft model if one is named,
@@ -264,7 +268,7 @@ class ModelSpec(ConfigModel):
     """How the draft model's cache is stored. Default: as the model's."""
     num_draft_tokens: Annotated[Count | None, Field(ge=1, le=64, examples=[8])] = None
     """Tokens to guess in one go, at most; fewer where that is faster.
-    Default: 8 with a draft model, 16 with ngram."""
+    Default: 8 with a draft model, 15 with ngram; 4 with exllamav2 and exllamav3."""
     reserve_vram: Annotated[Annotated[Number, Field(ge=0)] | None, Field(examples=[1.5])] = None
     """Gigabytes to keep free on each GPU."""
     ttl_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, Field(examples=[600])] = None
@@ -321,7 +325,8 @@ class ModelSpec(ConfigModel):
     @property
     def most_draft_tokens(self) -> int:
         """Tokens to guess in one go, at most; 0 where none are."""
-        return self.num_draft_tokens or _DRAFT_TOKENS[self.speculation]
+        defaults = _DRAFT_TOKENS_OF_EXLLAMA if self.backend in _EXLLAMA else _DRAFT_TOKENS
+        return self.num_draft_tokens or defaults[self.speculation]
 
     @model_validator(mode="after")
     def _check_type(self) -> ModelSpec:
@@ -347,8 +352,6 @@ class ModelSpec(ConfigModel):
             unused.append("num_draft_tokens")
         if unused:
             raise ValueError(f"`{'`, `'.join(unused)}` would not be used: {self._why_no_draft_model()}")
-        if speculation != "off" and self.backend not in ("auto", "llama_cpp"):
-            raise ValueError(f"the backend {self.backend} does not guess ahead; leave `speculative` out")
         self._check_that_drafts_fit_a_batch()
         return self
 
@@ -367,17 +370,29 @@ class ModelSpec(ConfigModel):
                 f" (`num_draft_tokens`: {self.most_draft_tokens})"
             )
 
-    @field_validator(*HONOURED_VALUES)
-    @classmethod
-    def _refuse_what_is_not_honoured_yet(cls, value: object, info: ValidationInfo) -> object:
-        assert info.field_name is not None
-        if value in HONOURED_VALUES[info.field_name]:
-            return value
-        raise ValueError(f"{_as_written(value)} is not in this version yet; {_way_out(info.field_name)}")
+    @model_validator(mode="after")
+    def _check_backend(self) -> ModelSpec:
+        problem = None if self.backend == "auto" else why_backend_cannot(self.backend, self)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
 
-def _as_written(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+def why_backend_cannot(backend: str, spec: ModelSpec) -> str | None:
+    """Which of the values a backend does not honour, and what to do; None: it may honour them all.
+
+    Args:
+        backend: any but `auto`, which need not be that of the spec.
+    """
+    for (key, value), backends in _ONLY_WITH.items():
+        if getattr(spec, key) == value and backend not in backends:
+            return (
+                f"`{key}` is {str(value).lower() if isinstance(value, bool) else value}, which the backend"
+                f" {backend} has not; leave `{key}` out, or use one of the backends: {', '.join(backends)}"
+            )
+    if spec.speculation != "off" and backend not in _BACKENDS_THAT_GUESS_AHEAD:
+        return f"the backend {backend} does not guess ahead; leave `speculative` and the draft's keys out"
+    return None
 
 
 def _way_out(key: str) -> str:

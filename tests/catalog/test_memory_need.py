@@ -1,13 +1,16 @@
 """What a model will take is told before it is loaded, and comes close to what it does take."""
 
+import json
 import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import save_file
 
 from gallama.catalog import ResolvedModel, resolve_model
 from gallama.catalog.memory_need import MemoryNeed, estimate_memory
@@ -200,3 +203,95 @@ def test_scores_are_kept_without_flash_attention() -> None:
 def test_arguments_that_the_engine_will_refuse_do_not_matter() -> None:
     wrong = smollm2(backend_extra_args={"n_ubatch": "many", "n_batch": {}, "n_gpu_layers": -7})
     assert estimate_memory(wrong) == estimate_memory(smollm2())
+
+
+# 2 layers with 2 heads of 64 numbers for keys and as many for values.
+LLAMA = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+}
+LLAMA_NUMBERS = 2 * 2 * 2 * 64
+
+
+@pytest.fixture
+def write_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a model of Hugging Face's form: a table of 1000 vectors, and one weight of as many bytes."""
+
+    def write(name: str = "tiny", dtype: Any = np.float16, **config: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        table = np.zeros((1000, 256), dtype)
+        save_file({"model.embed_tokens.weight": table, "lm_head.weight": table}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({**LLAMA, **config}))
+        return folder
+
+    return write
+
+
+class TestExllama:
+    @pytest.mark.parametrize("backend", ["exllamav2", "exllamav3"])
+    @pytest.mark.parametrize(
+        ("quant", "bits"), [("FP16", 16.0), ("Q8", 8.5), ("Q6", 6.5), ("Q4", 4.5)], ids=str
+    )
+    def test_the_cache_takes_its_bits_for_each_number(
+        self, write_folder: Callable[..., Path], backend: str, quant: str, bits: float
+    ) -> None:
+        need = need_of(write_folder(), backend=backend, cache_size=8192, cache_quant=quant).model
+        cells = 8192 + 256  # a token more than a text may have, in whole pages
+        one_layer = cells * LLAMA_NUMBERS // 2 * 2 if backend == "exllamav2" and quant != "FP16" else 0
+        assert need.cache_bytes == cells * LLAMA_NUMBERS * bits / 8 + one_layer
+
+    def test_the_cache_holds_a_longest_text_with_its_drafts(self, write_folder: Callable[..., Path]) -> None:
+        folder = write_folder()
+        cell_bytes = LLAMA_NUMBERS * 2
+        assert need_of(folder, backend="exllamav3").model.cache_bytes == (4096 + 256) * cell_bytes
+        short = need_of(folder, backend="exllamav3", max_seq_len=1000)
+        assert short.model.cache_bytes == 1024 * cell_bytes
+        drafts = need_of(
+            folder, backend="exllamav3", max_seq_len=1000, speculative="ngram", num_draft_tokens=24
+        )
+        assert drafts.model.cache_bytes == 1280 * cell_bytes
+
+    def test_the_embedding_stays_in_main_memory(self, write_folder: Callable[..., Path]) -> None:
+        need = need_of(write_folder(), backend="exllamav3")
+        assert need.model.weight_bytes == 2 * 512_000
+        assert need.gpu_bytes == need.model.total_bytes - 512_000
+
+    def test_weights_of_4_bytes_are_held_in_2(self, write_folder: Callable[..., Path]) -> None:
+        assert need_of(write_folder(dtype=np.float32), backend="exllamav2").model.weight_bytes == 2 * 512_000
+
+    def test_each_gpu_has_its_own_room_to_compute_in(self, write_folder: Callable[..., Path]) -> None:
+        folder = write_folder(quantization_config={"quant_method": "exl3"})
+        one, two = (need_of(folder, tp=True, gpus=gpus).model.compute_bytes for gpus in ("8,0", "8,0,8"))
+        logits = 16 * 1000 * 6
+        assert two - logits == 2 * (one - logits)
+
+    def test_the_draft_model_has_a_cache_of_the_same_length(self, write_folder: Callable[..., Path]) -> None:
+        folder, small = write_folder(), write_folder("small", num_hidden_layers=1)
+        need = need_of(folder, backend="exllamav2", draft_model_id=str(small))
+        assert need.draft is not None
+        assert need.draft.cache_bytes * 2 == need.model.cache_bytes
+        assert need.gpu_bytes == need.model.gpu_bytes + need.draft.gpu_bytes
+
+    @pytest.mark.parametrize(
+        ("config", "numbers"),
+        [
+            ({"text_config": {"num_hidden_layers": 3}}, 3 * 256),
+            ({"head_dim": 32}, 2 * 128),
+            ({"num_key_value_heads": None}, 2 * 512),
+            ({"layer_types": ["linear_attention", "full_attention"]}, 256),
+            ({"kv_lora_rank": 100, "qk_rope_head_dim": 28}, 2 * 128),
+            ({"num_hidden_layers": "many"}, 0),
+            ({"num_attention_heads": -1, "num_key_value_heads": 1}, 2 * 512),
+        ],
+    )
+    def test_the_measures_are_read_from_the_config(
+        self, write_folder: Callable[..., Path], config: dict[str, Any], numbers: int
+    ) -> None:
+        need = need_of(write_folder(**config), backend="exllamav3", max_seq_len=255)
+        assert need.model.cache_bytes == 256 * numbers * 2

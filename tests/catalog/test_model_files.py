@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gallama.catalog import resolve_model
 from gallama.catalog.memory_need import TORCH_PROCESS_BYTES, estimate_memory
+from gallama.catalog.model_files import quantization_of
 from gallama.config import ServerConfig
 from gallama.errors import InvalidConfig
 
@@ -21,6 +26,15 @@ def folder(tmp_path: Path) -> Path:
     (path / "config.json").write_text("{}")
     (path / "model.safetensors").write_bytes(b"x" * 1000)
     return path
+
+
+def quantized(folder: Path, *tensors: str, files: Mapping[str, Any] | None = None, **said: Any) -> Path:
+    """The folder with tensors of these names, and a config that says this of how it is quantized."""
+    save_file({name: np.zeros(4, np.float16) for name in tensors}, folder / "model.safetensors")
+    config = {"quantization_config": said} if said else {}
+    for name, content in {"config.json": config, **(files or {})}.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
 
 
 @pytest.fixture
@@ -68,6 +82,136 @@ def test_an_engine_that_cannot_load_it_is_refused(folder: Path, gguf: Path) -> N
         backend_of(folder, backend="llama_cpp")
     with pytest.raises(InvalidConfig, match=r"transformers cannot load a GGUF file.*llama_cpp"):
         backend_of(gguf, backend="transformers")
+
+
+EXL3 = {"quant_method": "exl3", "bits": 4.0}
+EXL2 = {"quant_method": "exl2", "bits": 4.65}
+GPTQ = {"quant_method": "gptq", "bits": 4}
+GPTQ_OF_8_BITS = {"quant_method": "gptq", "bits": 8}
+AWQ = {"quant_method": "AWQ", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("said", "method"),
+    [(EXL3, "exl3"), (EXL2, "exl2"), (GPTQ, "gptq"), (AWQ, "awq"), ({"quant_method": 7}, None)],
+)
+def test_how_weights_are_quantized_stands_in_the_config(
+    folder: Path, said: dict[str, Any], method: str | None
+) -> None:
+    assert quantization_of(quantized(folder, "model.norm.weight", **said)) == method
+
+
+@pytest.mark.parametrize(
+    ("tensors", "files", "method"),
+    [
+        (["a.up_proj.trellis", "a.up_proj.suh"], {}, "exl3"),
+        (["a.up_proj.q_weight", "a.up_proj.q_scale"], {}, "exl2"),
+        (["a.up_proj.qweight", "a.up_proj.g_idx"], {}, "gptq"),
+        (["a.up_proj.qweight"], {"quantize_config.json": {"bits": 4}}, "gptq"),
+        (["a.up_proj.qweight"], {}, None),
+        (["a.up_proj.weight", "trellis"], {}, None),
+    ],
+)
+def test_where_no_config_says_it_names_of_tensors_do(
+    folder: Path, tensors: list[str], files: dict[str, Any], method: str | None
+) -> None:
+    assert quantization_of(quantized(folder, *tensors, files=files)) == method
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"\xff" * 100, b"\x02" + b"\0" * 7 + b"[]", b"\x04" + b"\0" * 7 + b"{}"]
+)
+def test_a_file_that_is_none_tells_nothing(folder: Path, head: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(head)
+    assert quantization_of(folder) is None
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"a": 1} x', "\udc80"])
+def test_a_config_that_is_no_object_is_refused(folder: Path, config: str) -> None:
+    (folder / "config.json").write_bytes(config.encode(errors="surrogateescape"))
+    with pytest.raises(InvalidConfig, match=r"config\.json (is no JSON|must be a JSON object)"):
+        backend_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "backend"),
+    [
+        (EXL3, "exllamav3"),
+        (EXL2, "exllamav2"),
+        (GPTQ, "exllamav2"),
+        (GPTQ_OF_8_BITS, "transformers"),
+        (AWQ, "transformers"),
+        ({}, "transformers"),
+    ],
+)
+def test_the_engine_for_weights_that_are_quantized(folder: Path, said: dict[str, Any], backend: str) -> None:
+    assert backend_of(quantized(folder, "model.norm.weight", **said)) == backend
+
+
+def test_an_older_gptq_folder_says_its_bits_in_a_file_of_their_own(folder: Path) -> None:
+    tensors = ("a.qweight", "a.g_idx")
+    assert backend_of(quantized(folder, *tensors, files={"quantize_config.json": {"bits": 4}})) == "exllamav2"
+    eight = quantized(folder, *tensors, files={"quantize_config.json": {"bits": 8}})
+    assert backend_of(eight) == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("said", "backend"),
+    [
+        ({}, "exllama"),
+        ({}, "exllamav3"),
+        (GPTQ, "exllama"),
+        (GPTQ, "transformers"),
+        (EXL3, "exllamav3"),
+        ({"quant_method": "fp8"}, "exllamav3"),
+    ],
+)
+def test_an_engine_that_is_asked_for_by_name(folder: Path, said: dict[str, Any], backend: str) -> None:
+    path = quantized(folder, "model.norm.weight", **said)
+    assert backend_of(path, backend=backend) == ("exllamav2" if backend == "exllama" else backend)
+
+
+@pytest.mark.parametrize(
+    ("said", "backend", "explanation"),
+    [
+        (
+            EXL3,
+            "exllama",
+            "exllamav2 cannot load a folder of EXL3 weights; leave `backend` out, or use exllamav3",
+        ),
+        (EXL2, "exllamav3", "exllamav3 cannot load a folder of EXL2 weights.*use exllamav2"),
+        (GPTQ, "exllamav3", "a folder of GPTQ weights of 4 bits.*use exllamav2 or transformers"),
+        (GPTQ_OF_8_BITS, "exllama", "a folder of GPTQ weights of 8 bits.*use transformers"),
+        (AWQ, "exllama", "a folder of AWQ weights.*use transformers or exllamav3"),
+        (EXL3, "transformers", "a folder of EXL3 weights.*use exllamav3"),
+    ],
+)
+def test_an_engine_that_cannot_load_the_weights_is_refused_by_the_name_of_one_that_can(
+    folder: Path, said: dict[str, Any], backend: str, explanation: str
+) -> None:
+    with pytest.raises(InvalidConfig, match=explanation):
+        backend_of(quantized(folder, "model.norm.weight", **said), backend=backend)
+
+
+def test_a_draft_model_may_be_a_folder_that_the_models_engine_loads(folder: Path, gguf: Path) -> None:
+    quantized(folder, "model.norm.weight", **EXL3)
+    spec = resolve_model(
+        {"model_id": str(folder), "draft_model_id": str(folder), "draft_cache_quant": "Q6"}, ServerConfig()
+    ).spec
+    assert (spec.draft_model_id, spec.draft_model_name) == (str(folder), "tiny")
+    with pytest.raises(InvalidConfig, match=r"loaded by exllamav3, which cannot load a GGUF file"):
+        resolve_model({"model_id": str(folder), "draft_model_id": str(gguf)}, ServerConfig())
+    with pytest.raises(
+        InvalidConfig, match=r"loaded by llama_cpp, which cannot load a folder of EXL3 weights"
+    ):
+        resolve_model({"model_id": str(gguf), "draft_model_id": str(folder)}, ServerConfig())
+
+
+@pytest.mark.parametrize("values", [{"tp": True}, {"cache_quant": "Q6"}, {"speculative": "ngram"}])
+def test_what_the_engine_that_is_found_has_not_is_refused(folder: Path, values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConfig, match=r"model '.*tiny': .*the backend transformers"):
+        backend_of(folder, **values)
+    assert backend_of(quantized(folder, "model.norm.weight", **EXL3), **values) == "exllamav3"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_global_keys_are_merged_under_each_model(tmp_path: Path) -> None:
     [
         (
             "a:\n  cache_quant: Q5\n",
-            "FILE, line 2, `a.cache_quant`: 'Q5' is not allowed; use one of: FP16, Q8, Q4",
+            "FILE, line 2, `a.cache_quant`: 'Q5' is not allowed; use one of: FP16, Q8, Q6, Q4",
         ),
         ("a:\n  cach_size: 5\n", "FILE, line 2, `a.cach_size`: unknown key `cach_size`. Did you mean"),
         ("a:\n  gpus:\n  - 1\n  - -1\n", "FILE, line 2, `a.gpus`: must be `auto` or gigabytes"),

@@ -4,7 +4,6 @@ from typing import Any
 import pytest
 
 from gallama.config import ModelSpec, SamplingDefaults, layer_values, validated
-from gallama.config.model_spec import HONOURED_VALUES
 from gallama.errors import InvalidConfig
 from gallama.generation import SamplingSettings
 
@@ -26,7 +25,7 @@ def test_a_backend_is_read_in_any_case_and_spelling(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["exllama", "exLlama", "exl2"])
 def test_exllama_means_its_second_version(backend: str) -> None:
-    assert "'exllamav2' is not in this version yet" in problem(backend=backend)
+    assert spec(backend=backend).backend == "exllamav2"
 
 
 @pytest.mark.parametrize("gpus", ["22,22,10,0", "22, 22, 10, 0", [22, 22, 10, 0], ["22", 22, 10.0, 0]])
@@ -59,25 +58,24 @@ def test_a_cache_size_that_is_no_count_of_tokens_is_refused(size: object) -> Non
     assert problem(cache_size=size).startswith("cache_size: ")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("tp", True),
-        ("tp", "yes"),
-        ("cache_quant", "Q6"),
-        ("draft_cache_quant", "Q6"),
-        ("backend", "exllamav2"),
-        ("backend", "exllamav3"),
-    ],
-)
-def test_what_this_version_does_not_do_is_refused_and_named(key: str, value: object) -> None:
-    message = problem(**{key: value})
-    assert message.startswith(f"{key}: ")
-    assert "not in this version yet; " in message
+GPU_VALUES = [("tp", True), ("tp", "yes"), ("cache_quant", "Q6"), ("draft_cache_quant", "q6")]
 
 
-def test_every_key_that_is_not_fully_honoured_is_a_key() -> None:
-    assert HONOURED_VALUES.keys() <= ModelSpec.model_fields.keys()
+@pytest.mark.parametrize(("key", "value"), GPU_VALUES)
+def test_what_only_some_backends_have_is_refused_for_the_others(key: str, value: object) -> None:
+    draft = {"draft_model_id": "small"} if key.startswith("draft") else {}
+    message = problem(**{key: value}, **draft, backend="llama_cpp")
+    assert f"`{key}` is {'true' if key == 'tp' else 'Q6'}, which the backend llama_cpp has not" in message
+    assert f"leave `{key}` out, or use one of the backends: exllamav2, exllamav3" in message
+
+
+@pytest.mark.parametrize("backend", ["auto", "exllama", "exllamav3"])
+@pytest.mark.parametrize(("key", "value"), GPU_VALUES)
+def test_what_only_some_backends_have_is_taken_for_these_and_where_it_may_yet_be_one(
+    key: str, value: object, backend: str
+) -> None:
+    draft = {"draft_model_id": "small"} if key.startswith("draft") else {}
+    assert getattr(spec(**{key: value}, **draft, backend=backend), key) in (True, "Q6")
 
 
 @pytest.mark.parametrize("keys", [{"model_type": "Embedding"}, {"backend": "EMBEDDING"}])
@@ -89,8 +87,7 @@ def test_a_model_that_embeds_answers_more_requests_at_a_time(keys: dict[str, str
 
 @pytest.mark.parametrize("backend", ["transformers", "exllama"])
 def test_a_backend_that_does_not_embed_is_refused_for_a_model_that_does(backend: str) -> None:
-    message = problem(model_type="embedding", backend=backend)
-    assert "does not embed; leave `backend` out" in message or "not in this version yet" in message
+    assert "does not embed; leave `backend` out" in problem(model_type="embedding", backend=backend)
 
 
 def test_the_backend_that_embeds_is_refused_for_a_model_of_text() -> None:
@@ -114,7 +111,7 @@ def test_what_is_only_for_text_is_refused_for_a_model_that_embeds(keys: dict[str
 
 
 def test_a_name_that_does_not_exist_is_answered_with_those_that_work() -> None:
-    assert problem(cache_quant="Q5") == "cache_quant: 'Q5' is not allowed; use one of: FP16, Q8, Q4"
+    assert problem(cache_quant="Q5") == "cache_quant: 'Q5' is not allowed; use one of: FP16, Q8, Q6, Q4"
 
 
 def test_the_test_engine_is_valid_but_not_advertised() -> None:
@@ -133,7 +130,7 @@ def test_an_unknown_sampling_key_is_answered_with_the_sampling_keys() -> None:
 
 
 def test_all_problems_are_told_at_once() -> None:
-    assert len(problem(cache_size=0, tp=True, colour="red").splitlines()) == 3
+    assert len(problem(cache_size=0, tp="maybe", colour="red").splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -214,6 +211,10 @@ def test_nested_settings_are_overridden_one_by_one() -> None:
         ({"speculative": "AUTO", "draft_model_id": "small"}, "draft", 8),
         ({"draft_model_id": "small"}, "draft", 8),
         ({"speculative": "draft", "draft_model_id": "small", "num_draft_tokens": "3"}, "draft", 3),
+        ({"draft_model_id": "small", "backend": "exllamav2"}, "draft", 4),
+        ({"speculative": "ngram", "backend": "exllamav3"}, "ngram", 4),
+        ({"speculative": "ngram", "backend": "exllamav3", "num_draft_tokens": 6}, "ngram", 6),
+        ({"backend": "exllamav3"}, "off", 0),
     ],
 )
 def test_a_draft_model_drafts_unless_the_spec_says_otherwise(
@@ -248,8 +249,10 @@ def test_how_to_draft_without_anything_that_drafts_is_refused(key: str, value: o
     assert f"`{key}` would not be used: there is no `draft_model_id`" in problem(**{key: value})
 
 
-def test_only_one_engine_guesses_ahead() -> None:
-    assert "the backend scripted does not guess ahead" in problem(speculative="ngram", backend="scripted")
+@pytest.mark.parametrize("backend", ["scripted", "transformers"])
+def test_an_engine_that_does_not_guess_ahead_is_not_told_to(backend: str) -> None:
+    message = problem(speculative="ngram", backend=backend)
+    assert f"the backend {backend} does not guess ahead; leave `speculative` and the draft's keys" in message
 
 
 def test_a_batch_must_hold_a_draft() -> None:
