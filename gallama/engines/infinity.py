@@ -27,11 +27,12 @@ from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field
 
 from gallama.config import ModelSpec
 from gallama.embedding import EmbeddedTexts, RankedTexts
 from gallama.engines import ignore_progress
+from gallama.engines.extra_arguments import read_extra_arguments
 from gallama.engines.full_batches import FullBatches
 from gallama.engines.processor_cores import Cores, OwnCores, cores_to_share
 from gallama.engines.text_limits import check_characters, reading_parts
@@ -131,7 +132,7 @@ def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_p
         MissingExtra: infinity-emb is not installed.
         ModelLoadFailed: the folder holds no model that embeds or ranks.
     """
-    options = _read_options(spec)
+    options = read_extra_arguments(InfinityOptions, spec, backend="embedding")
     config = _read_config(path)
     if not options.trust_remote_code:
         _check_modules(path)
@@ -636,22 +637,6 @@ def divide(
         middle = len(largest) // 2
         divided = sorted([*divided, largest[:middle], largest[middle:]], key=tokens, reverse=True)
     return divided
-
-
-def _read_options(spec: ModelSpec) -> InfinityOptions:
-    """
-    Raises:
-        InvalidConfig: an unknown key, or a value that cannot be.
-    """
-    try:
-        return InfinityOptions.model_validate(dict(spec.backend_extra_args))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        valid = ", ".join(InfinityOptions.model_fields)
-        raise InvalidConfig(
-            f"`backend_extra_args.{key}`: {first['msg']}. The embedding backend takes: {valid}."
-        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from typing import Annotated, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from gallama.config import ModelSpec
 from gallama.engines import ignore_progress
-from gallama.errors import ConstraintFailed, InvalidConfig, ModelLoadFailed
+from gallama.engines.extra_arguments import read_extra_arguments
+from gallama.errors import ConstraintFailed, ModelLoadFailed
 from gallama.generation import (
     EndReason,
     EngineStatus,
@@ -101,13 +102,7 @@ def play_loading(script_type: type[S], spec: ModelSpec, report_progress: ReportP
         InvalidConfig: the arguments are unknown or wrong.
         ModelLoadFailed: the script says so.
     """
-    try:
-        script = script_type.model_validate(spec.backend_extra_args)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(str(part) for part in problem["loc"])
-        known = ", ".join(sorted(script_type.model_fields))
-        raise InvalidConfig(f"backend_extra_args.{name}: {problem['msg']}. There are: {known}.") from error
+    script = read_extra_arguments(script_type, spec, backend="scripted")
     for percent in range(_HUNDRED):
         report_progress(percent / _HUNDRED)
         time.sleep(script.seconds_to_load / _HUNDRED)

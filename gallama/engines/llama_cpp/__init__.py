@@ -13,6 +13,7 @@ from gallama.engines.answer_streams import AnswerStreams
 from gallama.engines.llama_cpp import bindings
 from gallama.engines.llama_cpp.context import SequenceCache
 from gallama.engines.llama_cpp.draft_model import load_drafter
+from gallama.engines.llama_cpp.loading import load_model
 from gallama.engines.llama_cpp.options import (
     LlamaCppOptions,
     choose_context_length,
@@ -25,9 +26,6 @@ from gallama.engines.llama_cpp.scheduler import Scheduler, SchedulerOptions
 from gallama.engines.llama_cpp.speculation import Wish
 from gallama.generation import EngineStatus, GeneratedChunk, GenerationRequest, ReportProgress
 
-# Beside the weights of the model there are a vocabulary to read and a cache to be made.
-_PART_OF_WEIGHTS = 0.95
-
 
 def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_progress) -> LlamaCppEngine:
     """Load a GGUF file and compute a first token with it. Blocks for as long as that takes.
@@ -37,31 +35,26 @@ def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_p
         ModelLoadFailed: llama.cpp refused the file, or there is too little memory.
     """
     options = read_options(spec)
-    bindings.initialize()
-    opened = ExitStack()
-    with opened:
-        model = bindings.NativeModel(
-            path,
-            model_options(spec, options),
-            report_progress=lambda fraction: report_progress(_PART_OF_WEIGHTS * fraction),
-        )
-        opened.callback(model.close)
-        engine = LlamaCppEngine(model, spec, options, opened)
-        engine.closing = opened.pop_all()
-    return engine
+    return load_model(
+        path,
+        spec,
+        options,
+        report_progress,
+        lambda model, opened: LlamaCppEngine(model, opened, spec, options),
+    )
 
 
 class LlamaCppEngine:
     """A GGUF model with its scheduler; see `generation.Engine`."""
 
     def __init__(
-        self, model: bindings.NativeModel, spec: ModelSpec, options: LlamaCppOptions, opened: ExitStack
+        self, model: bindings.NativeModel, opened: ExitStack, spec: ModelSpec, options: LlamaCppOptions
     ) -> None:
         """
         Args:
             opened: takes what is to be closed at the end.
         """
-        self.closing = opened
+        self._opened = opened
         self._model = model
         self.context_length = choose_context_length(spec, model.trained_context_length)
         self.chat_template = model.chat_template
@@ -131,7 +124,7 @@ class LlamaCppEngine:
     async def close(self) -> None:
         self._streams.close()
         await asyncio.to_thread(self._scheduler.close)
-        self.closing.close()
+        self._opened.close()
 
     def _set_threads(self, threads: int) -> None:
         self._context.set_threads(threads, threads)

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from gallama.config import ModelSpec
 from gallama.embedding import EmbeddedTexts, RankedTexts
 from gallama.engines import ignore_progress
+from gallama.engines.extra_arguments import read_extra_arguments
 from gallama.engines.llama_cpp import bindings
+from gallama.engines.llama_cpp.loading import load_model
 from gallama.engines.llama_cpp.options import (
     EmbedderOptions,
     choose_cores,
     embedder_context_options,
-    model_options,
-    read_embedder_options,
 )
 from gallama.engines.llama_cpp.text_batches import TextBatches
 from gallama.engines.llama_cpp.text_vectors import TextVectors
@@ -39,9 +39,6 @@ from gallama.errors import (
     WorkerUnavailable,
 )
 from gallama.generation import EngineStatus, ReportProgress
-
-# Beside the weights of the model there are buffers to be made.
-_PART_OF_WEIGHTS = 0.95
 
 # Texts of one batch. With 8 tokens each, as questions have them, so many fill one of 512.
 _BATCH_TEXTS = 64
@@ -70,31 +67,27 @@ def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_p
         InvalidConfig: the spec asks for what the model, this build or this engine cannot do.
         ModelLoadFailed: llama.cpp refused the file, or there is too little memory.
     """
-    options = read_embedder_options(spec)
-    bindings.initialize()
-    with ExitStack() as opened:
-        model = bindings.NativeModel(
-            path,
-            model_options(spec, options),
-            report_progress=lambda fraction: report_progress(_PART_OF_WEIGHTS * fraction),
-        )
-        opened.callback(model.close)
-        embedder = LlamaCppEmbedder(model, spec, options, opened)
-        embedder.closing = opened.pop_all()
-    return embedder
+    options = read_extra_arguments(EmbedderOptions, spec, backend="llama_cpp")
+    return load_model(
+        path,
+        spec,
+        options,
+        report_progress,
+        lambda model, opened: LlamaCppEmbedder(model, opened, spec, options),
+    )
 
 
 class LlamaCppEmbedder:
     """A GGUF model with the thread that computes; see `embedding.Embedder`."""
 
     def __init__(
-        self, model: bindings.NativeModel, spec: ModelSpec, options: EmbedderOptions, opened: ExitStack
+        self, model: bindings.NativeModel, opened: ExitStack, spec: ModelSpec, options: EmbedderOptions
     ) -> None:
         """
         Args:
             opened: takes what is to be closed at the end.
         """
-        self.closing = opened
+        self._opened = opened
         self._model = model
         way = choose_way(model, spec, options)
         self.context_length = way.context_length
@@ -162,7 +155,7 @@ class LlamaCppEmbedder:
 
     def _close(self) -> None:
         with self._reading:
-            self.closing.close()
+            self._opened.close()
 
     @contextlib.contextmanager
     def _open_model(self) -> Iterator[bindings.NativeModel]:

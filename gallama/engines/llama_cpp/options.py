@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from gallama.config import ModelSpec
 from gallama.config.config_file import default_config_path
+from gallama.engines.extra_arguments import read_extra_arguments
 from gallama.engines.llama_cpp import bindings
 from gallama.engines.llama_cpp.scheduler import MOST_DRAFTED_TOKENS, MOST_SCORED_TOKENS
 from gallama.engines.processor_cores import Cores, OwnCores, cores_to_share, usable_cores
@@ -52,35 +53,15 @@ class EmbedderOptions(NativeOptions, extra="forbid", frozen=True):
     matryoshka_dimensions: Literal["any"] | tuple[Annotated[int, Field(ge=1)], ...] = ()
 
 
-Options = TypeVar("Options", bound=NativeOptions)
-
-
 def read_options(spec: ModelSpec) -> LlamaCppOptions:
     """The spec's `backend_extra_args`.
 
     Raises:
         InvalidConfig: an unknown key, or a value that cannot be.
     """
-    options = _read(LlamaCppOptions, spec)
+    options = read_extra_arguments(LlamaCppOptions, spec, backend="llama_cpp")
     _check_slots(spec, options)
     return options
-
-
-def read_embedder_options(spec: ModelSpec) -> EmbedderOptions:
-    """As `read_options`, of a model that embeds."""
-    return _read(EmbedderOptions, spec)
-
-
-def _read(kind: type[Options], spec: ModelSpec) -> Options:
-    try:
-        return kind.model_validate(dict(spec.backend_extra_args))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        valid = ", ".join(kind.model_fields)
-        raise InvalidConfig(
-            f"`backend_extra_args.{key}`: {first['msg']}. The llama_cpp backend takes: {valid}."
-        ) from error
 
 
 def _check_slots(spec: ModelSpec, options: LlamaCppOptions) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, Field, JsonValue, model_validator
 
 from gallama.config import ModelSpec
+from gallama.engines.extra_arguments import read_extra_arguments
 from gallama.engines.processor_cores import Cores, OwnCores, cores_to_share, usable_cores
 from gallama.errors import InvalidConfig
 
@@ -50,13 +51,7 @@ def read_options(spec: ModelSpec) -> TransformersOptions:
     Raises:
         InvalidConfig: an unknown key, or a value that cannot be.
     """
-    try:
-        options = TransformersOptions.model_validate(dict(spec.backend_extra_args))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["backend_extra_args", *(str(part) for part in first["loc"][:1])])
-        valid = ", ".join([*TransformersOptions.model_fields, "torch_dtype"])
-        raise InvalidConfig(f"`{key}`: {first['msg']}. The transformers backend takes: {valid}.") from error
+    options = read_extra_arguments(TransformersOptions, spec, backend="transformers")
     if spec.cache_quant not in (None, "FP16"):
         raise InvalidConfig(
             f"`cache_quant` is {spec.cache_quant}; the transformers backend keeps its cache in the model's"
