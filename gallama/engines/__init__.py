@@ -32,7 +32,7 @@ class Loader(Protocol[T_co]):
 
 
 def _load_by(module: str, needs: str) -> Loader[T_co]:
-    """A loader that imports its engine when it is called.
+    """A loader that imports its engine when it is called; some engines import their libraries still later.
 
     Args:
         module: of the engine, in this package.
@@ -42,13 +42,13 @@ def _load_by(module: str, needs: str) -> Loader[T_co]:
     def load(spec: ModelSpec, path: Path, report_progress: ReportProgress = ignore_progress) -> T_co:
         try:
             engine = import_module(f"gallama.engines.{module}")
+            loaded: T_co = engine.load(spec, path, report_progress)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("gallama"):
                 raise
             raise MissingExtra(
                 f"The {spec.backend} backend needs {needs}. What is missing is {error.name}."
             ) from error
-        loaded: T_co = engine.load(spec, path, report_progress)
         return loaded
 
     return load

@@ -22,7 +22,6 @@ from gallama.engines.exllamav3.options import (
     cache_options,
     choose_context_length,
     draft_cache_options,
-    draft_tokens,
     placement,
     widest_draft,
 )
@@ -105,7 +104,7 @@ class _Loading:
                 slots=spec.max_concurrent_requests,
                 context_length=length,
                 ngram_match_min=options.ngram_match_min if spec.speculation == "ngram" else 0,
-                draft_tokens=draft_tokens(spec),
+                draft_tokens=spec.most_draft_tokens,
                 widest_draft=widest,
                 chunks=options,
             ),
@@ -127,7 +126,7 @@ class _Loading:
             config = Config.from_directory(str(path))
             config.override_dynamic_seq_len(context_length)
             model = Model.from_config(config)
-            cache = self._make_cache(model, for_draft_cache, draft_tokens(spec))
+            cache = self._make_cache(model, for_draft_cache, spec.most_draft_tokens)
             key, gigabytes = self._draft_gigabytes()
             logger.info("drafting with %s", spec.draft_model_name or path.name)
             model.load(

@@ -29,8 +29,6 @@ _GIGABYTE = 10**9
 _GIBIBYTE = 2**30
 _LEAST_RESERVE_GIBIBYTES = 0.5
 _CACHE_BITS = {"FP16": None, "Q8": (8, 8), "Q6": (6, 6), "Q4": (4, 4)}
-# A draft model is asked for all texts, guesses or not; what stood in the text before costs nothing.
-_DRAFT_TOKENS = {"off": 0, "draft": 4, "ngram": 7}
 
 
 def _split_at_comma(value: object) -> object:
@@ -109,17 +107,12 @@ def choose_context_length(spec: ModelSpec, trained_context_length: int) -> int:
     return spec.max_seq_len or min(trained_context_length, spec.cache_size or trained_context_length)
 
 
-def draft_tokens(spec: ModelSpec) -> int:
-    """Tokens to guess in one go, at most; 0 where none are."""
-    return spec.num_draft_tokens or _DRAFT_TOKENS[spec.speculation]
-
-
 def widest_draft(spec: ModelSpec, *, is_recurrent: bool) -> int:
     """Tokens that a text may have in a step beside the one that it is sure of.
 
     A recurrent model's cache must keep as many states back; for forced runs alone that is not worth it.
     """
-    guessed = draft_tokens(spec)
+    guessed = spec.most_draft_tokens
     return guessed if is_recurrent else max(guessed, MOST_FORCED_DRAFT)
 
 
