@@ -43,6 +43,7 @@ _MOST_SCORED_TOKENS = 32
 _MICRO_BATCH_TOKENS = 512
 # These are of exllamav2, exllamav3 and their engines here.
 _CHUNK_TOKENS = 2048
+_FORCED_TOKENS = 15
 _MOST_NUMBERS_AT_ONCE = 512 * 2**20
 # These are of engines that embed.
 _LONGEST_EMBEDDED_TEXT = 8192
@@ -157,16 +158,27 @@ def _need_of_folder(folder: Path) -> MemoryNeed:
 def _need_with_exllama(spec: ModelSpec, folder: Path) -> MemoryNeed:
     sizes = read_folder_sizes(folder)
     length = spec.max_seq_len or min(sizes.context_length, spec.cache_size or sizes.context_length)
-    cells = _round_up(max(spec.cache_size or 0, length) + 1 + spec.most_draft_tokens)
-    quant = spec.cache_quant or "FP16"
-    need = _need_of_exllama(spec, sizes, cells, quant, _gpus_of(spec.gpus))
+    cells = _round_up(max(spec.cache_size or 0, length) + 1 + max(spec.most_draft_tokens, _FORCED_TOKENS))
+    bytes_of_32 = _exllama_bytes_of_32(spec)
+    need = _need_of_exllama(spec, sizes, cells, bytes_of_32, _gpus_of(spec.gpus))
     draft = None
     if spec.speculation == "draft":
         assert spec.draft_model_id is not None, "the spec has been validated"
         of_draft = read_folder_sizes(Path(spec.draft_model_id))
         gpus = _gpus_of(spec.gpus if spec.draft_gpus is None else spec.draft_gpus)
-        draft = _need_of_exllama(spec, of_draft, cells, spec.draft_cache_quant or quant, gpus)
+        if spec.draft_cache_quant is not None:
+            bytes_of_32 = _CACHE_BYTES_OF_32[spec.draft_cache_quant]
+        draft = _need_of_exllama(spec, of_draft, cells, bytes_of_32, gpus)
     return MemoryNeed(model=need, draft=draft, process_bytes=EXLLAMA_PROCESS_BYTES)
+
+
+def _exllama_bytes_of_32(spec: ModelSpec) -> int:
+    """What 32 numbers of the model's cache take, keys and values taken together."""
+    bits = spec.backend_extra_args.get("cache_bits")
+    parts = bits.split(",") if isinstance(bits, str) else bits if isinstance(bits, list) else []
+    if len(parts) == 2 and all(str(part).strip().isdecimal() for part in parts):
+        return 2 * sum(min(int(str(part)), 16) for part in parts) + 2
+    return _CACHE_BYTES_OF_32[spec.cache_quant or "FP16"]
 
 
 def _gpus_of(gigabytes: str | tuple[float, ...]) -> int:
@@ -175,18 +187,20 @@ def _gpus_of(gigabytes: str | tuple[float, ...]) -> int:
 
 
 def _need_of_exllama(
-    spec: ModelSpec, sizes: FolderSizes, cells: int, cache_quant: str, gpus: int
+    spec: ModelSpec, sizes: FolderSizes, cells: int, bytes_of_32: int, gpus: int
 ) -> ModelNeed:
     """Of a model that exllamav2 or exllamav3 holds, which keep the embedding in main memory.
 
     Nothing of it has been measured: it is what their sources make room for. On each GPU, tensor parallel or
     not, there are the vectors between the layers for one chunk of a prompt, and one weight as plain numbers.
     """
-    cache_bytes = math.ceil(cells * sizes.cache_numbers * _CACHE_BYTES_OF_32[cache_quant] / 32)
-    if spec.backend == "exllamav2" and cache_quant != "FP16":  # one layer at a time is read as FP16
+    cache_bytes = math.ceil(cells * sizes.cache_numbers * bytes_of_32 / 32)
+    if (
+        spec.backend == "exllamav2" and bytes_of_32 != _CACHE_BYTES_OF_32["FP16"]
+    ):  # one layer at a time is read as FP16
         cache_bytes += gpus * cells * sizes.widest_cache_numbers * 2
     rows = spec.max_concurrent_requests * (1 + spec.most_draft_tokens)
-    compute_bytes = gpus * _chunk_bytes(spec.backend, sizes) + rows * sizes.vocabulary_size * 6
+    compute_bytes = gpus * _chunk_bytes(spec, sizes) + rows * sizes.vocabulary_size * 6
     return ModelNeed(
         weight_bytes=sizes.weight_bytes,
         cache_bytes=cache_bytes,
@@ -196,11 +210,12 @@ def _need_of_exllama(
     )
 
 
-def _chunk_bytes(backend: str, sizes: FolderSizes) -> int:
+def _chunk_bytes(spec: ModelSpec, sizes: FolderSizes) -> int:
+    chunk_tokens = _whole(spec.backend_extra_args, "max_chunk_size", _CHUNK_TOKENS)
     vectors = 2 * (8 * sizes.hidden_length + 4 * sizes.intermediate_length)
-    widest = max(sizes.intermediate_length, sizes.vocabulary_size if backend == "exllamav2" else 0)
+    widest = max(sizes.intermediate_length, sizes.vocabulary_size if spec.backend == "exllamav2" else 0)
     one_weight = min(sizes.hidden_length * widest, _MOST_NUMBERS_AT_ONCE) if sizes.is_quantized else 0
-    return _CHUNK_TOKENS * vectors + 2 * one_weight
+    return chunk_tokens * vectors + 2 * one_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,8 +250,12 @@ class _Settings:
         self.shares_cells = arguments.get("kv_unified") is True
 
     def _whole(self, key: str, default: int) -> int:
-        text = str(self._arguments.get(key, ""))
-        return min(int(text), MAX_TOKENS) if text.isdecimal() else default
+        return _whole(self._arguments, key, default)
+
+
+def _whole(arguments: Mapping[str, Any], key: str, default: int) -> int:
+    text = str(arguments.get(key, ""))
+    return min(int(text), MAX_TOKENS) if text.isdecimal() else default
 
 
 def _plan_context(spec: ModelSpec, settings: _Settings, metadata: GgufMetadata) -> _Context:

@@ -72,7 +72,8 @@ def engine_for(spec: ModelSpec, path: Path) -> str:
         return spec.backend
     raise InvalidConfig(
         f"model {spec.model_id!r}: the backend {spec.backend} cannot load {_kind_of(path)}; leave `backend`"
-        f" out, or use {' or '.join(fitting)}."
+        f" out, or use {' or '.join(fitting)}.",
+        param="backend",
     )
 
 

@@ -69,7 +69,8 @@ def plan_serving(arguments: argparse.Namespace, environment: Mapping[str, str]) 
         named.insert(0, llm_api.model)
     if named:
         to_load = [resolve_model(values, config) for values in named]
-        on_demand = [] if llm_api is None else [resolve_model(llm_api.embeddings, config)]
+        embeddings = None if llm_api is None else llm_api.embeddings
+        on_demand = [] if embeddings is None else [resolve_model(embeddings, config)]
         check_names([*to_load, *on_demand])
         others = _others_in_file(config, [*to_load, *on_demand])
         return Serving(config=config, to_load=to_load, on_demand=[*on_demand, *others])

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,11 +31,8 @@ EMBEDDINGS_SUFFIX = "-embeddings"
 """Behind the model's name: what makes vectors of texts."""
 
 _LLAMA_FAMILIES = ("llama", "alpaca", "vicuna")
-_FAMILIES_NOT_SERVED = {
-    "gptq_llama": "GPTQ files need the backend exllama, which is not in this version",
-    "autoawq": "AWQ files need a backend that is not in this version",
-}
-_FAMILIES = (*_LLAMA_FAMILIES, "huggingface")
+_FAMILIES_NOT_SERVED = {"autoawq": "AWQ files need a backend that is not in this version"}
+_FAMILIES = (*_LLAMA_FAMILIES, "gptq_llama", "huggingface")
 _MAPPINGS = ("setup_params", "model_params")
 
 # What LLM-API takes where its config is silent; LLM-API hands them to the library whatever the file says.
@@ -52,8 +49,8 @@ class LlmApiConfig:
 
     model: Mapping[str, Any]
     """Keys of `ModelSpec`."""
-    embeddings: Mapping[str, Any]
-    """The same of the model that makes the vectors: the same file once more."""
+    embeddings: Mapping[str, Any] | None
+    """The same of the model that makes the vectors: the same file once more. None: it can make none."""
     server: Mapping[str, object]
     """The settings of the server that are given: host and port."""
 
@@ -68,6 +65,8 @@ def read_llm_api_config(path: Path, environment: Mapping[str, str]) -> LlmApiCon
     settings = validated(_Settings, source.values, source.locate)
     if settings.model_family in _LLAMA_FAMILIES:
         return _of_llama(settings, source)
+    if settings.model_family == "gptq_llama":
+        return _of_gptq(settings, source)
     return _of_huggingface(settings, source)
 
 
@@ -170,6 +169,9 @@ class _Settings(ConfigModel):
 
 _NO_LORA = "LoRA adapters are not in this version: merge it into the model's file"
 _CONVERT = "convert the model to GGUF before, with llama.cpp's convert_hf_to_gguf.py"
+_CHOOSE_GPU = (
+    "start gallama with CUDA_VISIBLE_DEVICES, or say `gpus` in a model_config.yaml, and leave this out"
+)
 _WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...], str]] = {
     "convert": ((None, False), _CONVERT),
     "migrate": ((None, False), _CONVERT),
@@ -181,6 +183,9 @@ _WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...], str]] = {
     "low_vram": ((None, False), "in a model_config.yaml, `backend_extra_args.offload_kqv: false` does this"),
     "tensor_split": ((None,), "in a model_config.yaml, `gpus` says how much goes to each GPU"),
     "verbose": ((None, True, False), "`gallama serve -v` logs more: leave it out"),
+    "wbits": ((None, 4), "exllamav2 reads GPTQ of 4 bits only: take the model as a GGUF file"),
+    "cuda_visible_devices": ((None, "0", 0), _CHOOSE_GPU),
+    "device": ((None, "cuda", "cuda:0"), _CHOOSE_GPU),
 }
 """Keys that are read for the sake of the values that change nothing, and what to do for another value."""
 
@@ -223,6 +228,19 @@ class _LlamaParameters(_Parameters):
     verbose: Any = None
 
 
+class _GptqSetup(_Parameters):
+    repo_id: Text
+    filename: Text
+
+
+class _GptqParameters(_Parameters):
+    # The file says it of each weight.
+    group_size: int | None = None
+    wbits: Any = None
+    cuda_visible_devices: Any = None
+    device: Any = None
+
+
 class _HuggingfaceSetup(_Parameters):
     repo_id: Text
     tokenizer_repo_id: Text | None = None
@@ -258,6 +276,29 @@ def _of_llama(settings: _Settings, source: _Source) -> LlmApiConfig:
         "backend_extra_args": _given(arguments),
     }
     return _both(name, values, _LLAMA_SAMPLING, _given(arguments), settings)
+
+
+def _of_gptq(settings: _Settings, source: _Source) -> LlmApiConfig:
+    setup = validated(_GptqSetup, settings.setup_params, _inside(source, "setup_params"))
+    validated(_GptqParameters, settings.model_params, _inside(source, "model_params"))
+    if not setup.filename.endswith(".safetensors"):
+        raise source.problem(
+            "exllamav2 loads safetensors files only: take the model as one, which most authors offer, too",
+            "setup_params",
+            "filename",
+        )
+    folders = _gptq_folders(_models_folder(settings, source), setup)
+    file = _first_there((folder / setup.filename for folder in folders), setup.filename, source)
+    others = sorted(other.name for other in file.parent.glob("*.safetensors") if other != file)
+    if others:
+        raise source.problem(
+            f"beside {file} there is {others[0]}, and exllamav2 loads all weights of a folder: move one away",
+            "setup_params",
+            "filename",
+        )
+    name = settings.model_name or Path(setup.repo_id).name
+    values = {"model_id": str(file.parent), "backend": "exllamav2"}
+    return replace(_both(name, values, _LLAMA_SAMPLING, {}, settings), embeddings=None)
 
 
 def _of_huggingface(settings: _Settings, source: _Source) -> LlmApiConfig:
@@ -344,6 +385,14 @@ def _llama_files(folder: Path, settings: _Settings, setup: _LlamaSetup) -> Itera
     yield folder / _llm_api_folder(settings.model_family, setup.filename) / setup.filename
     if settings.model_name is not None:
         yield folder / f"ggml-{settings.model_family}-{settings.model_name}-q4.bin"
+
+
+def _gptq_folders(folder: Path, setup: _GptqSetup) -> Iterator[Path]:
+    """Where the file and its config.json may be: plain, or where LLM-API put what it downloaded."""
+    for parent in (folder, folder / "gptq"):
+        yield parent / setup.repo_id
+        yield parent / Path(setup.repo_id).name
+    yield folder / _llm_api_folder("gptq_llama", setup.filename)
 
 
 def _huggingface_folders(folder: Path, repo_id: str) -> Iterator[Path]:

@@ -77,8 +77,11 @@ SPECULATION_KEYS = ("speculative", *_DRAFT_KEYS, "num_draft_tokens")
 """The keys that must go together: each may be right only beside another."""
 # With the token before them, 15 make a step of 16: on a CPU one of 17 takes an eighth longer.
 _DRAFT_TOKENS = {"off": 0, "draft": 8, "ngram": 15}
-# On GPUs all that is guessed is computed, whatever comes of it; the libraries take as many.
-_DRAFT_TOKENS_OF_EXLLAMA = {"off": 0, "draft": 4, "ngram": 4}
+# On GPUs all that is guessed is computed, whatever comes of it; by ngram it costs nothing to guess.
+_DRAFT_TOKENS_ON_GPUS: Mapping[str, Mapping[str, int]] = {
+    "exllamav2": {"off": 0, "draft": 4, "ngram": 4},
+    "exllamav3": {"off": 0, "draft": 4, "ngram": 7},
+}
 
 CACHE_PAGE_TOKENS = 256
 MAX_TOKENS = 2**30
@@ -262,13 +265,13 @@ class ModelSpec(ConfigModel):
     draft_gpus: Annotated[Gpus | None, Field(examples=[[2, 0, 0, 0]])] = None
     """As gpus, for the draft model. Default: as the model."""
     draft_cache_size: Annotated[Tokens | None, Field(examples=[32768])] = None
-    """Tokens of the draft model's cache; an answer that does not fit goes on without drafts.
-    Default: as many as the model's."""
+    """Tokens of the draft model's cache; an answer that does not fit goes on without drafts. With exllamav2
+    and exllamav3 it cannot differ from the model's. Default: as many as the model's."""
     draft_cache_quant: Annotated[CacheQuant | None, Field(examples=["Q8"])] = None
     """How the draft model's cache is stored. Default: as the model's."""
     num_draft_tokens: Annotated[Count | None, Field(ge=1, le=64, examples=[8])] = None
     """Tokens to guess in one go, at most; fewer where that is faster.
-    Default: 8 with a draft model, 15 with ngram; 4 with exllamav2 and exllamav3."""
+    Default: 8 with a draft model, 15 with ngram; with exllamav2 4, with exllamav3 4 and 7."""
     reserve_vram: Annotated[Annotated[Number, Field(ge=0)] | None, Field(examples=[1.5])] = None
     """Gigabytes to keep free on each GPU."""
     ttl_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, Field(examples=[600])] = None
@@ -325,7 +328,7 @@ class ModelSpec(ConfigModel):
     @property
     def most_draft_tokens(self) -> int:
         """Tokens to guess in one go, at most; 0 where none are."""
-        defaults = _DRAFT_TOKENS_OF_EXLLAMA if self.backend in _EXLLAMA else _DRAFT_TOKENS
+        defaults = _DRAFT_TOKENS_ON_GPUS.get(self.backend, _DRAFT_TOKENS)
         return self.num_draft_tokens or defaults[self.speculation]
 
     @model_validator(mode="after")

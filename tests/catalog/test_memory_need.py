@@ -246,6 +246,18 @@ class TestExllama:
         one_layer = cells * LLAMA_NUMBERS // 2 * 2 if backend == "exllamav2" and quant != "FP16" else 0
         assert need.cache_bytes == cells * LLAMA_NUMBERS * bits / 8 + one_layer
 
+    def test_keys_and_values_may_take_different_bits(self, write_folder: Callable[..., Path]) -> None:
+        folder = write_folder()
+        for bits in ([8, 4], "8, 4"):
+            need = need_of(folder, backend="exllamav3", backend_extra_args={"cache_bits": bits}).model
+            assert need.cache_bytes == (4096 + 256) * LLAMA_NUMBERS * 6.5 / 8
+
+    def test_shorter_chunks_need_less_room(self, write_folder: Callable[..., Path]) -> None:
+        folder, short = write_folder(), {"max_chunk_size": 256}
+        needs = [need_of(folder, backend="exllamav2", backend_extra_args=args).model for args in ({}, short)]
+        vectors = 2 * (8 * 256 + 4 * 512)
+        assert needs[0].compute_bytes - needs[1].compute_bytes == (2048 - 256) * vectors
+
     def test_the_cache_holds_a_longest_text_with_its_drafts(self, write_folder: Callable[..., Path]) -> None:
         folder = write_folder()
         cell_bytes = LLAMA_NUMBERS * 2
@@ -293,5 +305,5 @@ class TestExllama:
     def test_the_measures_are_read_from_the_config(
         self, write_folder: Callable[..., Path], config: dict[str, Any], numbers: int
     ) -> None:
-        need = need_of(write_folder(**config), backend="exllamav3", max_seq_len=255)
+        need = need_of(write_folder(**config), backend="exllamav3", max_seq_len=240)
         assert need.model.cache_bytes == 256 * numbers * 2

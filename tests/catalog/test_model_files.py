@@ -84,11 +84,11 @@ def test_an_engine_that_cannot_load_it_is_refused(folder: Path, gguf: Path) -> N
         backend_of(gguf, backend="transformers")
 
 
-EXL3 = {"quant_method": "exl3", "bits": 4.0}
-EXL2 = {"quant_method": "exl2", "bits": 4.65}
-GPTQ = {"quant_method": "gptq", "bits": 4}
-GPTQ_OF_8_BITS = {"quant_method": "gptq", "bits": 8}
-AWQ = {"quant_method": "AWQ", "bits": 4}
+EXL3: dict[str, Any] = {"quant_method": "exl3", "bits": 4.0}
+EXL2: dict[str, Any] = {"quant_method": "exl2", "bits": 4.65}
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4}
+GPTQ_OF_8_BITS: dict[str, Any] = {"quant_method": "gptq", "bits": 8}
+AWQ: dict[str, Any] = {"quant_method": "AWQ", "bits": 4}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from gallama.errors import InvalidConfig
 SEED = Path(__file__).parents[1] / "data" / "seed_llm_api"
 LLAMA = (SEED / "llama.yaml").read_text().replace("/models", "models")
 HUGGINGFACE = (SEED / "huggingface.yaml").read_text().replace("/models", "models")
-GPTQ = (SEED / "gptq.yaml").read_text()
+GPTQ = (SEED / "gptq.yaml").read_text().replace("/models", "models")
 
 
 def put(folder: Path, place: str) -> Path:
@@ -83,8 +83,45 @@ def test_remote_code_is_trusted_only_where_the_config_says_so(tmp_path: Path) ->
     assert "trust_remote_code" not in read(tmp_path, silent).model["backend_extra_args"]
 
 
-def test_the_example_for_gptq_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfig, match=r"line 2, `model_family`: GPTQ.*exllama.*GGUF"):
+@pytest.mark.parametrize(
+    "place", ["user/repo_id", "repo_id", "gptq/user/repo_id", "gptq/repo_id", "gptq_llama_230392754240"]
+)
+def test_the_example_for_gptq_is_a_spec_for_exllamav2(tmp_path: Path, place: str) -> None:
+    file = put(tmp_path, f"{place}/model.safetensors")
+    config = read(tmp_path, GPTQ)
+    spec = ModelSpec.model_validate(config.model)
+    assert (spec.model_id, spec.model_name, spec.backend) == (str(file.parent), "repo_id", "exllamav2")
+    assert spec.default_sampling.repetition_penalty == 1.1
+    assert config.embeddings is None
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "explanation"),
+    [
+        ("wbits: 4", "wbits: 8", r"line 8, `model_params.wbits`: 8 cannot be honoured; .*4 bits only.*GGUF"),
+        (
+            'devices: "0"',
+            'devices: "1"',
+            r"cuda_visible_devices`: '1' cannot be honoured; start gallama with",
+        ),
+        ('"cuda:0"', '"cpu"', r"`model_params.device`: 'cpu' cannot be honoured; .*`gpus`"),
+        ("model.safetensors", "model.pt", r"`setup_params.filename`: exllamav2 loads safetensors files only"),
+        ("group_size: 128", "group_size: wide", r"`model_params.group_size`: "),
+        ("group_size: 128", "groupsize: 128", r"unknown key `groupsize`"),
+    ],
+)
+def test_a_gptq_file_that_exllamav2_cannot_load_so_is_refused_with_a_way_out(
+    tmp_path: Path, line: str, changed: str, explanation: str
+) -> None:
+    put(tmp_path, "repo_id/model.safetensors")
+    with pytest.raises(InvalidConfig, match=explanation):
+        read(tmp_path, GPTQ.replace(line, changed))
+
+
+def test_two_gptq_files_in_a_folder_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, "repo_id/model.safetensors")
+    put(tmp_path, "repo_id/other.safetensors")
+    with pytest.raises(InvalidConfig, match=r"there is other\.safetensors, and exllamav2 loads all weights"):
         read(tmp_path, GPTQ)
 
 
