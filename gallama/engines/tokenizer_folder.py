@@ -12,7 +12,8 @@ config.json                 the same, and how many tokens the model knows
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer
 from gallama.config import ModelSpec
 from gallama.engines.draft_vocabulary import check_same_vocabulary as check_same_vocabulary
 from gallama.engines.tokenizer_file import TokenizerFile, read_vocabulary, token_named
-from gallama.errors import ModelLoadFailed
+from gallama.errors import GallamaError, ModelLoadFailed
 from gallama.generation import Vocabulary
 
 # The largest that are known have 35 MB, 1 MB and 262,400 tokens.
@@ -52,26 +53,8 @@ def read_folder_tokens(path: Path, spec: ModelSpec) -> FolderTokens:
         InvalidConfig: `eos_token_list` names what is no token.
         ModelLoadFailed: there is no tokenizer.json, a file cannot be read, or they contradict each other.
     """
-    described = _read(path / "tokenizer_config.json", _TokenizerConfig)
-    has_older_form = described.added_tokens_decoder is None
-    older = _read(path / "special_tokens_map.json", _SpecialTokens) if has_older_form else _SpecialTokens()
-    config = _read_config(path)
-    tokenizer = _read_tokenizer(path)
-    named = [*older.tokens(), *described.tokens()]
-    if has_older_form:
-        added = _read(path / "added_tokens.json", dict[str, int])
-        _add_missing(tokenizer, added, special={token.content for token in named})
-    else:
-        _add_tokens(tokenizer, described.added_tokens_decoder or {})
-    _make_special(tokenizer, named)
-    end = older.eos_token or described.eos_token
-    return make_tokens(
-        tokenizer,
-        end_tokens=[*_ids_of(tokenizer, end), *read_generation_ends(path), *config.end_tokens()],
-        spec=spec,
-        chat_template=_read_template(path, described),
-        model_tokens=config.model_tokens(),
-    )
+    with _naming(path):
+        return _read_tokens(path, spec)
 
 
 def make_tokens(
@@ -117,6 +100,29 @@ def default_template(template: str | Mapping[str, str] | None) -> str:
     if isinstance(template, Mapping):
         template = template.get("default")
     return template or ""
+
+
+def _read_tokens(path: Path, spec: ModelSpec) -> FolderTokens:
+    described = _read(path / "tokenizer_config.json", _TokenizerConfig)
+    has_older_form = described.added_tokens_decoder is None
+    older = _read(path / "special_tokens_map.json", _SpecialTokens) if has_older_form else _SpecialTokens()
+    config = _read_config(path)
+    tokenizer = _read_tokenizer(path)
+    named = [*older.tokens(), *described.tokens()]
+    if has_older_form:
+        added = _read(path / "added_tokens.json", dict[str, int])
+        _add_missing(tokenizer, added, special={token.content for token in named})
+    else:
+        _add_tokens(tokenizer, described.added_tokens_decoder or {})
+    _make_special(tokenizer, named)
+    end = older.eos_token or described.eos_token
+    return make_tokens(
+        tokenizer,
+        end_tokens=[*_ids_of(tokenizer, end), *read_generation_ends(path), *config.end_tokens()],
+        spec=spec,
+        chat_template=_read_template(path, described),
+        model_tokens=config.model_tokens(),
+    )
 
 
 def _check_size(names: Mapping[int, str], model_tokens: int) -> None:
@@ -227,11 +233,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
             f"{path} has no tokenizer.json. Take that of the model it was made from, or let transformers"
             " write it: `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`."
         )
-    text = _read_text(file, most_bytes=_MOST_BYTES_OF_TOKENIZER)
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library has no class of its own for it
-        raise ModelLoadFailed(f"{file} cannot be read: {error}. Download it again.") from error
+    return Tokenizer.from_str(_read_text(file, most_bytes=_MOST_BYTES_OF_TOKENIZER))
 
 
 def _read_template(path: Path, described: _TokenizerConfig) -> str:
@@ -339,3 +341,17 @@ def _read_text(file: Path, *, most_bytes: int = _MOST_BYTES) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelLoadFailed(f"{file} cannot be read: {error}. Download it again.") from error
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What the library raises, which has no classes of its own, as our error."""
+    try:
+        yield
+    except (GallamaError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # when it panics, that is no Exception
+        raise ModelLoadFailed(
+            f"The tokenizer of {path} cannot be read: {error}. Download tokenizer.json and the files beside"
+            " it again."
+        ) from error

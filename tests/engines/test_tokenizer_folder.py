@@ -86,6 +86,12 @@ def with_sentencepiece(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(sentencepiece().to_str())
 
 
+def with_half_prefix(folder: Path) -> None:
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["model"]["continuing_subword_prefix"] = "longer than a token"
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+
+
 def with_padding(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding(length=8, pad_token="<|endoftext|>")
@@ -211,8 +217,10 @@ def test_an_end_token_of_the_spec_that_is_none_is_refused(folder: Path) -> None:
 REFUSED: dict[str, tuple[list[Change], str]] = {
     "no config": ([remove("config.json")], "has no config.json"),
     "no tokenizer": ([remove("tokenizer.json")], r"no tokenizer\.json.*save_pretrained"),
-    "half a tokenizer": ([write_text("tokenizer.json", '{"model": ')], r"tokenizer\.json cannot be read"),
-    "no tokenizer inside": ([write_text("tokenizer.json", "{}")], r"tokenizer\.json cannot be read"),
+    "half a tokenizer": ([write_text("tokenizer.json", '{"model": ')], "The tokenizer of .* cannot be read"),
+    "no tokenizer inside": ([write_text("tokenizer.json", "{}")], "cannot be read: Model missing"),
+    "a tokenizer that the library breaks on": ([with_half_prefix], "cannot be read"),
+    "half a character": ([write("tokenizer_config.json", pad_token="\ud800")], "cannot be read.*surrogates"),
     "half a config": ([write_text("config.json", "{")], r"config\.json cannot be read.*again"),
     "a config of another form": ([write_text("config.json", "[]")], r"config\.json cannot be read"),
     "a config without end": ([write_text("config.json", "[" * 100_000)], r"config\.json cannot be read"),
