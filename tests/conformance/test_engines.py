@@ -6,8 +6,9 @@ import asyncio
 import random
 import re
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from gallama.config import ModelSpec
 from gallama.constraints import AnswerSpec, Compiled, LLGuidanceBackend, admit_constraints
 from gallama.conversation import Constraint, ConstraintKind
 from gallama.engines import ENGINES
-from gallama.errors import GallamaError
+from gallama.errors import GallamaError, MissingExtra
 from gallama.generation import (
     Engine,
     GeneratedChunk,
@@ -29,51 +30,125 @@ from gallama.generation import (
 )
 
 SLOTS = 16
+CACHE_TOKENS = 8192
 
 
-def _scripted(request: pytest.FixtureRequest) -> Engine:
+Get = Callable[[], Engine]
+"""What a test asks for the engine."""
+Making = AbstractContextManager[Get]
+
+
+@contextmanager
+def _scripted(request: pytest.FixtureRequest) -> Iterator[Get]:
     """Slow enough that something can be cancelled; it would say much more than any limit here."""
     spec = ModelSpec(
         model_id="any",
         max_concurrent_requests=SLOTS,
         backend_extra_args={"reply": "Grüße, 世界! 😀 " * 1000, "seconds_per_token": 0.0005},
     )
-    return ENGINES["scripted"](spec, request.path)
+    # It waits on the event loop that it was first used on, and each test has its own.
+    yield lambda: ENGINES["scripted"](spec, request.path)
 
 
-def _llama_cpp(request: pytest.FixtureRequest) -> Engine:
+@contextmanager
+def _llama_cpp(request: pytest.FixtureRequest) -> Iterator[Get]:
     engine: Engine = request.getfixturevalue("smollm2")
-    return engine
+    yield lambda: engine
 
 
-def _transformers(request: pytest.FixtureRequest) -> Engine:
-    engine: Engine = request.getfixturevalue("tiny_llama")
-    return engine
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@contextmanager
+def _transformers(request: pytest.FixtureRequest) -> Iterator[Get]:
     """Noise from a model with random weights."""
     pytest.importorskip("transformers")
     from tests.engines.tiny_llama import save_tiny_llama
 
-    path = save_tiny_llama(tmp_path_factory.mktemp("tiny"))
-    spec = ModelSpec(model_id=str(path), backend="transformers", max_concurrent_requests=SLOTS)
-    engine = ENGINES["transformers"](spec, path)
+    with _loaded("transformers", save_tiny_llama(_new_folder(request))) as engine:
+        yield lambda: engine
+
+
+@contextmanager
+def _exllamav2(request: pytest.FixtureRequest) -> Iterator[Get]:
+    """The library's own generator on a CPU, where a model of arithmetic reads its pages back."""
+    pytest.importorskip("torch")
+    from tests.engines.exllamav2.ground import laid_ground, save_folder
+
+    with laid_ground() as ground:
+        with _loaded("exllamav2", save_folder(_new_folder(request)), cache_size=CACHE_TOKENS) as engine:
+            yield lambda: engine
+        assert ground.violations == []
+
+
+@contextmanager
+def _exllamav3(request: pytest.FixtureRequest) -> Iterator[Get]:
+    """As exllamav2's."""
+    pytest.importorskip("torch")
+    from tests.engines.exllamav3.ground import save_model, without_gpu
+
+    with without_gpu() as ground:
+        with _loaded("exllamav3", save_model(_new_folder(request)), cache_size=CACHE_TOKENS) as engine:
+            yield lambda: engine
+        assert ground.faults == []
+
+
+def _on_gpu(backend: str) -> Callable[[pytest.FixtureRequest], Making]:
+    """The real library, where there are a GPU and what its extension needs; see docs/gpu_check.md."""
+
+    @contextmanager
+    def make(request: pytest.FixtureRequest) -> Iterator[Get]:
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("there is no GPU that PyTorch can use")
+        from tests.engines.tiny_llama import save_llama_for_gpu
+
+        with ExitStack() as stack:
+            folder = save_llama_for_gpu(_new_folder(request))
+            try:
+                engine = stack.enter_context(_loaded(backend, folder, cache_size=CACHE_TOKENS))
+            except MissingExtra as error:
+                pytest.skip(str(error))
+            yield lambda: engine
+
+    return make
+
+
+@contextmanager
+def _loaded(backend: str, folder: Path, **settings: Any) -> Iterator[Engine]:
+    spec = ModelSpec.model_validate(
+        {"model_id": str(folder), "backend": backend, "max_concurrent_requests": SLOTS, **settings}
+    )
+    engine = ENGINES[backend](spec, folder)
     yield engine
     asyncio.run(engine.close())
 
 
-MAKERS: dict[str, Callable[[pytest.FixtureRequest], Engine]] = {
+def _new_folder(request: pytest.FixtureRequest) -> Path:
+    factory: pytest.TempPathFactory = request.getfixturevalue("tmp_path_factory")
+    return factory.mktemp("model")
+
+
+MAKERS: dict[str, Callable[[pytest.FixtureRequest], Making]] = {
     "scripted": _scripted,
     "llama_cpp": _llama_cpp,
     "transformers": _transformers,
+    "exllamav2": _exllamav2,
+    "exllamav3": _exllamav3,
 }
+MAKERS_ON_GPU = {f"{backend}_on_gpu": _on_gpu(backend) for backend in ("exllamav2", "exllamav3")}
 
 
-@pytest.fixture(params=list(MAKERS))
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return MAKERS[request.param](request)
+# All tests of an engine come one after the other: a library that is made to run without a GPU changes torch.
+@pytest.fixture(
+    scope="module",
+    params=[*MAKERS, *(pytest.param(name, marks=pytest.mark.needs_gpu) for name in MAKERS_ON_GPU)],
+)
+def get_engine(request: pytest.FixtureRequest) -> Iterator[Get]:
+    with (MAKERS | MAKERS_ON_GPU)[request.param](request) as get:
+        yield get
+
+
+@pytest.fixture
+def engine(get_engine: Get) -> Engine:
+    return get_engine()
 
 
 @pytest.fixture(scope="module")
