@@ -63,6 +63,51 @@ class Job:
     cancelled: bool = False
 
 
+Sink = Callable[[Sequence[tuple[Job, Update]]], None]
+"""Takes a step's updates for all jobs at once; called from the thread that computes."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Of one engine since it was loaded, as `EngineStatus` tells them."""
+
+    steps: int = 0
+    sampled_tokens: int = 0
+    forced_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_draft_tokens: int = 0
+
+    def count(self, update: Update) -> None:
+        match update:
+            case TokensAdded(were_forced=True):
+                self.forced_tokens += len(update.token_ids)
+            case TokensAdded():
+                self.sampled_tokens += len(update.token_ids)
+            case DraftChecked():
+                self.drafted_tokens += update.drafted_tokens
+                self.accepted_draft_tokens += update.accepted_tokens
+            case _:
+                pass
+
+
+class Outbox:
+    """What a step has for all jobs, counted, until it is handed over. Used by the thread that computes."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.totals = Totals()
+        self._sink = sink
+        self._updates: list[tuple[Job, Update]] = []
+
+    def tell(self, job: Job, update: Update) -> None:
+        self.totals.count(update)
+        self._updates.append((job, update))
+
+    def hand_over(self) -> None:
+        if self._updates:
+            updates, self._updates = self._updates, []
+            self._sink(updates)
+
+
 class AnswerStreams:
     """The answers that are being read. Used on one event loop, but for `hand_over`."""
 

@@ -7,23 +7,20 @@ alone until it has ended: one that breaks alone ends in the error, and the other
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from typing import Protocol
 
-from gallama.engines.answer_streams import DraftChecked, Job, TokensAdded, Update
+from gallama.engines.answer_streams import Job, Outbox, Sink
 from gallama.engines.generators.text import Text, as_told
+from gallama.engines.job_inbox import JobInbox
 from gallama.errors import EngineFailed, GallamaError, WorkerUnavailable
 from gallama.generation import EngineStatus, Vocabulary
 
 logger = logging.getLogger(__name__)
-
-Sink = Callable[[Sequence[tuple[Job, Update]]], None]
-"""Takes a step's updates for all jobs at once; called from the generator's thread."""
 
 
 class Generator(Protocol):
@@ -78,29 +75,6 @@ class Generator(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Totals:
-    """Since the start, over all requests."""
-
-    steps: int = 0
-    sampled_tokens: int = 0
-    forced_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_draft_tokens: int = 0
-
-    def count(self, update: Update) -> None:
-        match update:
-            case TokensAdded(were_forced=True):
-                self.forced_tokens += len(update.token_ids)
-            case TokensAdded():
-                self.sampled_tokens += len(update.token_ids)
-            case DraftChecked():
-                self.drafted_tokens += update.drafted_tokens
-                self.accepted_draft_tokens += update.accepted_tokens
-            case _:
-                pass
-
-
 class GeneratorThread:
     """Runs jobs until they end, side by side. Its public methods may be called from any thread."""
 
@@ -114,17 +88,14 @@ class GeneratorThread:
         """
         self._make_generator = make_generator
         self._vocabulary = vocabulary
-        self._sink = sink
-        self._inbox: queue.SimpleQueue[Job | Future[None] | None] = queue.SimpleQueue()
-        self._probes: list[Future[None]] = []
-        self._waiting: deque[Job] = deque()
+        self._inbox = JobInbox()
+        self._outbox = Outbox(sink)
         self._texts: list[Text] = []
         """Those that have a slot, the oldest first."""
         self._alone: Text | None = None
         """The only text that is computed, to see whether it is the one that breaks."""
         self._defect: GallamaError | None = None
         """Why nothing can be computed any more."""
-        self._totals = _Totals()
         self._cached_tokens = 0
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -140,13 +111,11 @@ class GeneratorThread:
         return self._loaded.result()
 
     def submit(self, job: Job) -> None:
-        self._inbox.put(job)
+        self._inbox.submit(job)
 
     def probe(self) -> Future[None]:
         """Compute a token and forget it, unless something is computed anyway; done once that has worked."""
-        probe: Future[None] = Future()
-        self._inbox.put(probe)
-        return probe
+        return self._inbox.probe()
 
     def cancel(self, job: Job) -> None:
         """End a job; its slot is free at the next step."""
@@ -155,15 +124,15 @@ class GeneratorThread:
     def status(self) -> EngineStatus:
         return EngineStatus(
             busy_slots=len(self._texts),
-            waiting=len(self._waiting) + self._inbox.qsize(),
+            waiting=len(self._inbox),
             cached_tokens=self._cached_tokens,
-            **asdict(self._totals),
+            **asdict(self._outbox.totals),
         )
 
     def close(self) -> None:
         """End after the step at hand, and give all memory back; jobs under way end in an error."""
         self._is_closing = True
-        self._inbox.put(None)
+        self._inbox.wake()
         self._thread.join()
 
     def _run(self) -> None:
@@ -174,7 +143,7 @@ class GeneratorThread:
             return
         self._loaded.set_result(generator.context_length)
         while not self._is_closing:
-            self._receive()
+            self._inbox.receive(may_sleep=not (self._texts or self._inbox.waiting))
             try:
                 self._turn(generator)
             except BaseException as error:  # this thread must outlive every bug, or nobody answers
@@ -182,32 +151,22 @@ class GeneratorThread:
                 self._give_up(generator, as_told(error))
         self._end_all(generator)
 
-    def _receive(self) -> None:
-        """Take new jobs; with nothing to do, sleep until one comes."""
-        may_sleep = not (self._texts or self._waiting or self._is_closing)
-        while may_sleep or not self._inbox.empty():
-            message = self._inbox.get()
-            may_sleep = False
-            if isinstance(message, Future):
-                self._probes.append(message)
-            elif message is not None:
-                self._waiting.append(message)
-
     def _turn(self, generator: Generator) -> None:
         self._drop_cancelled(generator)
         self._take_waiting(generator.slots)
         self._start_legs(generator)
         has_computed = self._step(generator)
         self._publish(generator)
-        self._answer_probes(generator, has_computed=has_computed)
+        self._inbox.answer_probes(None if has_computed else partial(self._compute_for_nobody, generator))
 
     def _drop_cancelled(self, generator: Generator) -> None:
-        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        self._inbox.drop_cancelled()
         self._leave(generator, [text for text in self._texts if text.job.cancelled])
 
     def _take_waiting(self, slots: int) -> None:
-        while self._waiting and len(self._texts) < slots:
-            self._texts.append(Text(self._waiting.popleft(), self._vocabulary))
+        waiting = self._inbox.waiting
+        while waiting and len(self._texts) < slots:
+            self._texts.append(Text(waiting.popleft(), self._vocabulary))
 
     def _start_legs(self, generator: Generator) -> None:
         """Start what has no leg, in order; nobody overtakes one for which there is no room."""
@@ -249,7 +208,7 @@ class GeneratorThread:
             logger.exception("a step with %d answers broke", len(running))
             told = as_told(error)
         else:
-            self._totals.steps += 1
+            self._outbox.totals.steps += 1
             return True
         # Only here, where nobody holds the tensors of the broken step any more.
         self._go_on_alone(generator, running, told)
@@ -263,14 +222,14 @@ class GeneratorThread:
         """
         if len(running) == 1:
             running[0].fail(error)
-        for text in running:
-            text.step_back()
-            text.end_leg()
         self._alone = running[0]
         self._rebuild(generator)
 
     def _rebuild(self, generator: Generator) -> None:
-        """Make the library forget all legs."""
+        """Make the library forget all legs; the texts get new ones."""
+        for text in self._texts:
+            text.step_back()
+            text.end_leg()
         try:
             generator.rebuild()
         except BaseException:
@@ -279,12 +238,14 @@ class GeneratorThread:
 
     def _publish(self, generator: Generator) -> None:
         """Hand over what is new, and let go of what has ended, before anybody hears of that."""
-        updates = [(text.job, update) for text in self._texts for update in text.take_updates()]
+        self._tell_of(self._texts)
         self._leave(generator, [text for text in self._texts if text.outcome is not None])
-        for _, update in updates:
-            self._totals.count(update)
-        if updates:
-            self._sink(updates)
+        self._outbox.hand_over()
+
+    def _tell_of(self, texts: Sequence[Text]) -> None:
+        for text in texts:
+            for update in text.take_updates():
+                self._outbox.tell(text.job, update)
 
     def _leave(self, generator: Generator, texts: Sequence[Text]) -> None:
         """Free the slots of texts that go on no more."""
@@ -302,27 +263,14 @@ class GeneratorThread:
             generator.cancel(text)
         except BaseException:
             logger.exception("an answer could not be cancelled; all are started again")
-            for other in self._texts:
-                other.end_leg()
             self._rebuild(generator)
         text.end_leg()
 
-    def _answer_probes(self, generator: Generator, *, has_computed: bool) -> None:
-        probes, self._probes = self._probes, []
-        for probe in probes:
-            _answer(probe, None if has_computed else self._computes(generator))
-
-    def _computes(self, generator: Generator) -> BaseException | None:
-        """Compute a token while there is nothing else to do; what went wrong with it."""
+    def _compute_for_nobody(self, generator: Generator) -> None:
         if self._defect is not None:
-            return self._defect
-        try:
-            generator.probe()
-        except BaseException as error:
-            logger.exception("a token for nobody could not be computed")
-            return error
-        self._totals.steps += 1
-        return None
+            raise self._defect
+        generator.probe()
+        self._outbox.totals.steps += 1
 
     def _give_up(self, generator: Generator, error: GallamaError) -> None:
         """End all texts in an error."""
@@ -330,29 +278,20 @@ class GeneratorThread:
         self._rebuild(generator)
         for text in texts:
             text.fail(error)
-        self._sink([(text.job, update) for text in texts for update in text.take_updates()])
+        self._tell_of(texts)
+        self._outbox.hand_over()
 
     def _end_all(self, generator: Generator) -> None:
         """Let everybody know that there will be no more steps, also those who came only now."""
         error = WorkerUnavailable("The model is being unloaded.")
-        self._receive()
-        self._texts += [Text(job, self._vocabulary) for job in self._waiting]
-        self._waiting.clear()
+        self._inbox.receive(may_sleep=False)
+        self._texts += [Text(job, self._vocabulary) for job in self._inbox.waiting]
+        self._inbox.waiting.clear()
         for text in self._texts:
             text.fail(error)
         self._publish(generator)
-        for probe in self._probes:
-            _answer(probe, error)
+        self._inbox.refuse_probes(error)
         try:
             generator.close()
         except BaseException:
             logger.exception("the generator could not be closed")
-
-
-def _answer(probe: Future[None], error: BaseException | None) -> None:
-    if not probe.set_running_or_notify_cancel():
-        return  # nobody waits any more
-    if error is None:
-        probe.set_result(None)
-    else:
-        probe.set_exception(GallamaError(f"The model cannot be computed: {error}"))

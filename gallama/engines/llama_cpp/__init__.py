@@ -94,6 +94,7 @@ class LlamaCppEngine:
             vocabulary_size=self._model.vocabulary_size,
             context_length=self.context_length,
             end_token_ids=self.vocabulary.end_token_ids,
+            probe_token_id=self._some_token(),
             jump_forward=options.jump_forward,
             step_seconds=options.prompt_step_ms / 1000,
             draft_tokens=spec.most_draft_tokens,
@@ -119,7 +120,7 @@ class LlamaCppEngine:
 
     async def probe(self) -> None:
         self._streams.refuse_if_closed()
-        await asyncio.wrap_future(self._scheduler.probe(self._some_token()))
+        await asyncio.wrap_future(self._scheduler.probe())
 
     async def close(self) -> None:
         self._streams.close()

@@ -9,7 +9,6 @@ behind them: as long as what is chosen is what was guessed, the next token can b
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -22,7 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gallama.constraints.mask_batch import MaskBatch
-from gallama.engines.answer_streams import DraftChecked, Ended, Job, Started, TokensAdded, Update
+from gallama.engines.answer_streams import (
+    DraftChecked,
+    Ended,
+    Job,
+    Outbox,
+    Sink,
+    Started,
+    TokensAdded,
+    Update,
+)
+from gallama.engines.job_inbox import JobInbox
 from gallama.engines.llama_cpp.bindings import Candidates, DecodeFailed, KvCacheFull
 from gallama.engines.llama_cpp.context import BatchPart, CachedSequence, SequenceCache, common_prefix
 from gallama.engines.llama_cpp.sampling import Sampler
@@ -49,26 +58,6 @@ MOST_SCORED_TOKENS = 32
 
 # A prompt waits for one that is being read if it can then take over this many tokens more than now.
 WORTH_WAITING_TOKENS = 32
-
-
-Sink = Callable[[Sequence[tuple[Job, Update]]], None]
-"""Takes a step's updates for all jobs at once; called from the scheduler's thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Probe:
-    """Somebody wants to know whether anything can be computed."""
-
-    token_id: int
-    computed: Future[None] = field(default_factory=Future)
-
-    def answer(self, error: BaseException | None) -> None:
-        if not self.computed.set_running_or_notify_cancel():
-            return  # nobody waits any more
-        if error is None:
-            self.computed.set_result(None)
-        else:
-            self.computed.set_exception(GallamaError(f"The model cannot be computed: {error}"))
 
 
 @dataclass(slots=True, eq=False)
@@ -131,17 +120,6 @@ class _Part:
     draft: Draft = NO_DRAFT
 
 
-@dataclass(slots=True)
-class Counts:
-    """Since the start, over all requests."""
-
-    steps: int = 0
-    sampled_tokens: int = 0
-    forced_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_draft_tokens: int = 0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerOptions:
     slots: int
@@ -149,6 +127,7 @@ class SchedulerOptions:
     vocabulary_size: int
     context_length: int
     end_token_ids: frozenset[int]
+    probe_token_id: int
     jump_forward: bool = True
     """Whether tokens that the grammar forces go into the batch together; else each costs a step."""
     step_seconds: float = 0.2
@@ -180,18 +159,14 @@ class Scheduler:
         self._threads = cores.threads()
         self._drafter = drafter
         self._options = options
-        self._sink = sink
-        self._inbox: queue.SimpleQueue[Job | _Probe | None] = queue.SimpleQueue()
-        self._probes: list[_Probe] = []
-        self._waiting: deque[Job] = deque()
+        self._outbox = Outbox(sink)
+        self._inbox = JobInbox()
         self._slots: list[_Slot] = []
         self._preempted: deque[_Slot] = deque()
         self._room_was_freed = False
-        self._updates: list[tuple[Job, Update]] = []
         self._candidates = Candidates(options.vocabulary_size)
         self._masks = MaskBatch(options.vocabulary_size, options.slots, threads=self._threads)
         self._cost = StepCost()
-        self._counts = Counts()
         self._read_prompt: _ReadPrompt | None = None
         self._is_closing = False
         self._thread: threading.Thread | None = None
@@ -213,16 +188,14 @@ class Scheduler:
         warmed_up.result()
 
     def submit(self, job: Job) -> None:
-        self._inbox.put(job)
+        self._inbox.submit(job)
 
-    def probe(self, token_id: int) -> Future[None]:
-        """Compute the token and forget it, unless jobs are computed anyway; done once something was.
+    def probe(self) -> Future[None]:
+        """Compute a token and forget it, unless jobs are computed anyway; done once something was.
 
         The future fails with what the computation raises.
         """
-        probe = _Probe(token_id)
-        self._inbox.put(probe)
-        return probe.computed
+        return self._inbox.probe()
 
     def cancel(self, job: Job) -> None:
         """End a job; its slot is free at the next step."""
@@ -231,15 +204,15 @@ class Scheduler:
     def status(self) -> EngineStatus:
         return EngineStatus(
             busy_slots=len(self._slots) + len(self._preempted),
-            waiting=len(self._waiting) + self._inbox.qsize(),
+            waiting=len(self._inbox),
             cached_tokens=self._cache.cached_tokens,
-            **asdict(self._counts),
+            **asdict(self._outbox.totals),
         )
 
     def close(self) -> None:
         """End after the step at hand; jobs under way end in an error."""
         self._is_closing = True
-        self._inbox.put(None)
+        self._inbox.wake()
         if self._thread is not None:
             self._thread.join()
 
@@ -261,8 +234,8 @@ class Scheduler:
             except BaseException:  # this thread must outlive every bug: nobody would answer any more
                 logger.exception("a step broke; %d answers are lost", len(self._slots))
                 self._start_over(GallamaError("The answer could not be generated any further."))
-            self._publish()
-            self._answer_probes()
+            self._outbox.hand_over()
+            self._inbox.answer_probes(None if self._slots else self._compute_for_nobody)
         self._end_all()
 
     def _end_all(self) -> None:
@@ -270,29 +243,21 @@ class Scheduler:
         error = WorkerUnavailable("The model is being unloaded.")
         self._fail_all(error)
         self._cores.end_work()
-        self._receive()
-        for job in self._waiting:
+        self._inbox.receive(may_sleep=False)
+        for job in self._inbox.waiting:
             self._tell(job, error)
-        self._publish()
-        for probe in self._probes:
-            probe.answer(error)
+        self._outbox.hand_over()
+        self._inbox.refuse_probes(error)
 
     def _receive(self) -> None:
         """Take new jobs; with nothing to do, sleep until one comes."""
-        has_work = self._slots or self._waiting or self._preempted
-        may_sleep = not has_work and not self._is_closing
+        may_sleep = not (self._slots or self._inbox.waiting or self._preempted)
         if may_sleep:
             self._cores.end_work()
-        while may_sleep or not self._inbox.empty():
-            job = self._inbox.get()
-            may_sleep = False
-            if isinstance(job, _Probe):
-                self._probes.append(job)
-            elif job is not None:
-                self._waiting.append(job)
+        self._inbox.receive(may_sleep=may_sleep)
 
     def _drop_cancelled(self) -> None:
-        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        self._inbox.drop_cancelled()
         for slot in [slot for slot in (*self._slots, *self._preempted) if slot.job.cancelled]:
             self._free(slot)
 
@@ -303,12 +268,13 @@ class Scheduler:
         if self._preempted:
             return  # the cache is full
         held_back: list[Job] = []
-        while self._waiting and len(self._slots) < self._options.slots:
-            job = self._waiting.popleft()
+        waiting = self._inbox.waiting
+        while waiting and len(self._slots) < self._options.slots:
+            job = waiting.popleft()
             self._guard(partial(self._start_or_hold_back, job, held_back), partial(self._tell, job))
-        self._waiting.extendleft(reversed(held_back))
+        waiting.extendleft(reversed(held_back))
         found = self._read_prompt
-        if found is not None and not any(_repeats_as(found.request, job.request) for job in self._waiting):
+        if found is not None and not any(_repeats_as(found.request, job.request) for job in waiting):
             self._read_prompt = None
 
     def _start_or_hold_back(self, job: Job, held_back: list[Job]) -> None:
@@ -401,7 +367,7 @@ class Scheduler:
             logger.exception("a batch failed; %d answers are lost", len(self._slots))
             self._start_over(GallamaError("The model could not be computed any further."))
             return
-        self._counts.steps += 1
+        self._outbox.totals.steps += 1
         whole = [part for part in parts if part.is_last]
         self._masks.compute([part.slot.job.request.state for part in whole])
         rows = self._cache.logits(batch)
@@ -447,22 +413,15 @@ class Scheduler:
         if slot.room <= 0:
             self._finish(slot, Ended("length"))
 
-    def _answer_probes(self) -> None:
-        probes, self._probes = self._probes, []
-        for probe in probes:
-            probe.answer(None if self._slots else self._computes(probe.token_id))
-
-    def _computes(self, token_id: int) -> BaseException | None:
-        """Compute a token while there is nothing else to do; what went wrong with it."""
+    def _compute_for_nobody(self) -> None:
+        """Compute a token while there is nothing else to do."""
         try:
             self._take_cores()
-            self._cache.probe(token_id)
-        except BaseException as error:
-            logger.exception("a token for nobody could not be computed")
+            self._cache.probe(self._options.probe_token_id)
+        except BaseException:
             self._start_over(GallamaError("The model could not be computed any further."))
-            return error
-        self._counts.steps += 1
-        return None
+            raise
+        self._outbox.totals.steps += 1
 
     def _decode(self, parts: list[_Part]) -> list[BatchPart]:
         """Compute the parts, those of answers without their drafts where there is no room for these.
@@ -591,8 +550,6 @@ class Scheduler:
             return
         accepted = common_prefix(draft.token_ids, slot.token_ids[slot.draft_start :])
         self._cache.shorten(slot.sequence, slot.draft_start + accepted)
-        self._counts.drafted_tokens += drafted
-        self._counts.accepted_draft_tokens += accepted
         self._tell(slot.job, DraftChecked(drafted, accepted))
         slot.trust.record(draft.kind, drafted, accepted)
 
@@ -601,7 +558,7 @@ class Scheduler:
         if slot.has_chosen:
             return
         request = slot.job.request
-        is_awaited = any(_repeats_as(request, job.request) for job in self._waiting)
+        is_awaited = any(_repeats_as(request, job.request) for job in self._inbox.waiting)
         if is_awaited and self._cache.can_forget_partly:
             self._read_prompt = _ReadPrompt(request, slot.token_ids.copy(), slot.sequence, logits.copy())
 
@@ -621,7 +578,6 @@ class Scheduler:
             _advance(state, [token])
         wanted = slot.job.request.logprobs
         logprobs = () if wanted is None else (log_probabilities(logits, token, wanted),)
-        self._counts.sampled_tokens += 1
         self._extend(slot, TokensAdded((token,), were_forced=False, logprobs=logprobs))
         if not slot.has_ended:
             self._append_forced(slot)
@@ -633,7 +589,6 @@ class Scheduler:
             return
         assert slot.job.request.state is not None
         _advance(slot.job.request.state, forced)
-        self._counts.forced_tokens += len(forced)
         self._extend(slot, TokensAdded(tuple(forced), were_forced=True))
 
     def _forced(self, request: GenerationRequest, most_tokens: int) -> list[int]:
@@ -715,12 +670,7 @@ class Scheduler:
         self._fail_all(error)
 
     def _tell(self, job: Job, update: Update) -> None:
-        self._updates.append((job, update))
-
-    def _publish(self) -> None:
-        if self._updates:
-            updates, self._updates = self._updates, []
-            self._sink(updates)
+        self._outbox.tell(job, update)
 
 
 def even_shares(pending: Sequence[int], sequences: Sequence[int]) -> list[int]:

@@ -10,7 +10,6 @@ computed alone: only what breaks by itself ends in an error.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -23,7 +22,8 @@ import torch
 from transformers import DynamicCache
 
 from gallama.constraints.mask_batch import MaskBatch
-from gallama.engines.answer_streams import Ended, Job, Started, TokensAdded, Update
+from gallama.engines.answer_streams import Ended, Job, Outbox, Sink, Started, TokensAdded, Update
+from gallama.engines.job_inbox import JobInbox
 from gallama.engines.logits import log_probabilities
 from gallama.engines.processor_cores import Cores
 from gallama.engines.step_cost import StepCost
@@ -47,9 +47,6 @@ MOST_SCORED_TOKENS = 32
 
 # A prompt waits for one that is being read if it can then take over this many tokens more than now.
 WORTH_WAITING_TOKENS = 32
-
-Sink = Callable[[Sequence[tuple[Job, Update]]], None]
-"""Takes a step's updates for all jobs at once; called from the scheduler's thread."""
 
 
 @dataclass(slots=True, eq=False)
@@ -105,15 +102,6 @@ class _Part:
         return len(self.token_ids) if self.slot.is_scoring else int(self.is_last)
 
 
-@dataclass(slots=True)
-class Counts:
-    """Since the start, over all requests."""
-
-    steps: int = 0
-    sampled_tokens: int = 0
-    forced_tokens: int = 0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerOptions:
     slots: int
@@ -136,20 +124,16 @@ class Scheduler:
     def __init__(self, model: CausalModel, options: SchedulerOptions, sink: Sink, *, cores: Cores) -> None:
         self._model = model
         self._options = options
-        self._sink = sink
+        self._outbox = Outbox(sink)
         self._cores = cores
         self._threads = 0
-        self._inbox: queue.SimpleQueue[Job | Future[None] | None] = queue.SimpleQueue()
-        self._probes: list[Future[None]] = []
-        self._waiting: deque[Job] = deque()
+        self._inbox = JobInbox()
         self._slots: list[_Slot] = []
         self._preempted: deque[_Slot] = deque()
         self._room_was_freed = False
         self._kept = KeptTexts()
-        self._updates: list[tuple[Job, Update]] = []
         self._masks = MaskBatch(options.vocabulary_size, options.slots, threads=max(1, cores.threads()))
         self._cost = StepCost()
-        self._counts = Counts()
         self._is_closing = False
         self._thread: threading.Thread | None = None
 
@@ -167,16 +151,14 @@ class Scheduler:
         checked.result()
 
     def submit(self, job: Job) -> None:
-        self._inbox.put(job)
+        self._inbox.submit(job)
 
     def probe(self) -> Future[None]:
         """Compute a token and forget it, unless jobs are computed anyway; done once something was.
 
         The future fails with what the computation raises.
         """
-        probe: Future[None] = Future()
-        self._inbox.put(probe)
-        return probe
+        return self._inbox.probe()
 
     def cancel(self, job: Job) -> None:
         """End a job; its slot is free at the next step."""
@@ -185,15 +167,15 @@ class Scheduler:
     def status(self) -> EngineStatus:
         return EngineStatus(
             busy_slots=len(self._slots) + len(self._preempted),
-            waiting=len(self._waiting) + self._inbox.qsize(),
+            waiting=len(self._inbox),
             cached_tokens=self._busy_tokens() + self._kept.tokens,
-            **asdict(self._counts),
+            **asdict(self._outbox.totals),
         )
 
     def close(self) -> None:
         """End after the step at hand; jobs under way end in an error."""
         self._is_closing = True
-        self._inbox.put(None)
+        self._inbox.wake()
         if self._thread is not None:
             self._thread.join()
 
@@ -208,7 +190,7 @@ class Scheduler:
                 return
             checked.set_result(None)
             while not self._is_closing:
-                steps = self._counts.steps
+                steps = self._outbox.totals.steps
                 try:
                     self._receive()
                     self._drop_cancelled()
@@ -217,8 +199,9 @@ class Scheduler:
                 except BaseException as error:  # this thread must outlive every bug, or nobody answers
                     logger.exception("a step broke; %d answers are lost", len(self._slots))
                     self._start_over(_as_told(error))
-                self._publish()
-                self._answer_probes(has_computed=self._counts.steps > steps)
+                self._outbox.hand_over()
+                has_computed = self._outbox.totals.steps > steps
+                self._inbox.answer_probes(None if has_computed else self._compute_for_nobody)
             self._end_all()
 
     def _end_all(self) -> None:
@@ -226,29 +209,21 @@ class Scheduler:
         error = WorkerUnavailable("The model is being unloaded.")
         self._start_over(error)
         self._cores.end_work()
-        self._receive()
-        for job in self._waiting:
+        self._inbox.receive(may_sleep=False)
+        for job in self._inbox.waiting:
             self._tell(job, error)
-        self._publish()
-        for probe in self._probes:
-            _answer(probe, error)
+        self._outbox.hand_over()
+        self._inbox.refuse_probes(error)
 
     def _receive(self) -> None:
         """Take new jobs; with nothing to do, sleep until one comes."""
-        has_work = self._slots or self._waiting or self._preempted
-        may_sleep = not has_work and not self._is_closing
+        may_sleep = not (self._slots or self._inbox.waiting or self._preempted)
         if may_sleep:
             self._cores.end_work()
-        while may_sleep or not self._inbox.empty():
-            message = self._inbox.get()
-            may_sleep = False
-            if isinstance(message, Future):
-                self._probes.append(message)
-            elif message is not None:
-                self._waiting.append(message)
+        self._inbox.receive(may_sleep=may_sleep)
 
     def _drop_cancelled(self) -> None:
-        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        self._inbox.drop_cancelled()
         for slot in [slot for slot in (*self._slots, *self._preempted) if slot.job.cancelled]:
             self._free(slot)
 
@@ -259,13 +234,14 @@ class Scheduler:
         if self._preempted:
             return  # the caches are full
         held_back: list[Job] = []
-        while self._waiting and len(self._slots) < self._options.slots:
-            job = self._waiting.popleft()
+        waiting = self._inbox.waiting
+        while waiting and len(self._slots) < self._options.slots:
+            job = waiting.popleft()
             if self._gains_by_waiting(job):
                 held_back.append(job)
             else:
                 self._guard(partial(self._start_job, job), partial(self._tell, job))
-        self._waiting.extendleft(reversed(held_back))
+        waiting.extendleft(reversed(held_back))
 
     def _gains_by_waiting(self, job: Job) -> bool:
         if not self._may_reuse(job.request):
@@ -333,7 +309,7 @@ class Scheduler:
         if rows is None:
             return
         whole = [part.slot for part in parts if part.is_last]
-        self._counts.steps += 1
+        self._outbox.totals.steps += 1
         for part in parts:
             part.slot.computed += len(part.token_ids)
         self._masks.compute([slot.job.request.state for slot in whole])
@@ -473,7 +449,6 @@ class Scheduler:
             _advance(state, [token])
         wanted = slot.job.request.logprobs
         logprobs = () if wanted is None else (log_probabilities(logits.cpu().numpy(), token, wanted),)
-        self._counts.sampled_tokens += 1
         self._extend(slot, TokensAdded((token,), were_forced=False, logprobs=logprobs))
         if not slot.has_ended:
             self._append_forced(slot)
@@ -486,7 +461,6 @@ class Scheduler:
         forced = request.state.forced()[: slot.room]
         if forced:
             _advance(request.state, forced)
-            self._counts.forced_tokens += len(forced)
             self._extend(slot, TokensAdded(tuple(forced), were_forced=True))
 
     def _extend(self, slot: _Slot, added: TokensAdded) -> None:
@@ -524,23 +498,13 @@ class Scheduler:
             self._threads = threads
             torch.set_num_threads(threads)
 
-    def _answer_probes(self, *, has_computed: bool) -> None:
-        probes, self._probes = self._probes, []
-        for probe in probes:
-            _answer(probe, None if has_computed else self._computes())
-
-    def _computes(self) -> BaseException | None:
-        """Compute a token while there is nothing else to do; what went wrong with it."""
-        try:
-            self._take_cores()
-            piece = Piece(self._model.new_cache(), [self._options.probe_token_id], rows=1)
-            if not torch.isfinite(self._model.compute([piece])[0].max()):  # -inf: a token it never says
-                raise GallamaError("it computes no numbers")
-        except BaseException as error:
-            logger.exception("a token for nobody could not be computed")
-            return error
-        self._counts.steps += 1
-        return None
+    def _compute_for_nobody(self) -> None:
+        """Compute a token while there is nothing else to do."""
+        self._take_cores()
+        piece = Piece(self._model.new_cache(), [self._options.probe_token_id], rows=1)
+        if not torch.isfinite(self._model.compute([piece])[0].max()):  # -inf: a token it never says
+            raise GallamaError("it computes no numbers")
+        self._outbox.totals.steps += 1
 
     def _guard(self, action: Callable[[], None], fail: Callable[[GallamaError], None]) -> None:
         """Keep one job's error from the others. Rust panics are BaseExceptions, too."""
@@ -559,21 +523,7 @@ class Scheduler:
         self._kept.clear()  # a step that broke may have left half of itself in a cache
 
     def _tell(self, job: Job, update: Update) -> None:
-        self._updates.append((job, update))
-
-    def _publish(self) -> None:
-        if self._updates:
-            updates, self._updates = self._updates, []
-            self._sink(updates)
-
-
-def _answer(probe: Future[None], error: BaseException | None) -> None:
-    if not probe.set_running_or_notify_cancel():
-        return  # nobody waits any more
-    if error is None:
-        probe.set_result(None)
-    else:
-        probe.set_exception(GallamaError(f"The model cannot be computed: {error}"))
+        self._outbox.tell(job, update)
 
 
 def _as_told(error: BaseException) -> GallamaError:

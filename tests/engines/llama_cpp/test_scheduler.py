@@ -140,6 +140,7 @@ class Board:
             vocabulary_size=SIZE,
             context_length=1000,
             end_token_ids=frozenset({END}),
+            probe_token_id=END,
             draft_tokens=8,
             **more_options,
         )
