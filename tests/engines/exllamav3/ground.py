@@ -73,13 +73,17 @@ class Ground:
 
     @property
     def generators(self) -> list[Any]:
-        """Those that are still held by anybody, the latest last."""
-        return [generator for reference in self._generators if (generator := reference()) is not None]
+        """Those that can compute: their caches are loaded, and no later generator has taken them over."""
+        alive = [generator for reference in self._generators if (generator := reference()) is not None]
+        return [
+            generator
+            for generator in alive
+            if generator.cache.initialized and generator.cache.owner_serial == generator.cache_owner_serial
+        ]
 
     @property
     def pages_in_use(self) -> int:
-        """Of the latest generator."""
-        return len(self.generators[-1].pagetable.referenced_pages)
+        return sum(len(generator.pagetable.referenced_pages) for generator in self.generators)
 
     def forget(self) -> None:
         """Start a test as if there had been no other."""
