@@ -25,8 +25,20 @@ from gallama.errors import MissingExtra
 
 RECORD_NAME = "gallama.json"
 OLDEST_PYTHON = (3, 11)
+CANNOT_COMPILE_HERE = 3
+"""The exit status of `gallama.engines.cuda_extension` where there is no GPU, or no compiler for one."""
 
 _EXTRA_MARKER = re.compile(r"""(?:;|\band)\s*extra\s*==\s*["'](?P<extra>[^"']+)["']\s*$""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A package that makes an engine better, but cannot be had everywhere."""
+
+    package: str
+    module: str
+    purpose: str
+    """Why to have it, and where it can be had."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +50,8 @@ class Environment:
     """What the engine imports."""
     compiled: str | None = None
     """The one of them that compiles a CUDA extension when it is imported for the first time."""
+    option: Option | None = None
+    """What it may have besides."""
     newest_python: tuple[int, int] | None = None
     """Where some of its requirements cannot be had for later ones."""
 
@@ -61,6 +75,15 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             name="exllamav2",
             modules=("torch", "safetensors", "tokenizers", "exllamav2"),
             compiled="exllamav2",
+            option=Option(
+                package="flash-attn",
+                module="flash_attn",
+                purpose=(
+                    "Without flash-attn exllamav2 answers one request after the other; with it, on GPUs from"
+                    " Ampere on, many at a time. It is compiled, for up to an hour, or comes as a wheel that"
+                    " was built for the same versions of torch, CUDA and Python."
+                ),
+            ),
         ),
         Environment(
             name="exllamav3",
@@ -75,6 +98,8 @@ class EnvironmentRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What an environment was built from."""
 
     requirements: tuple[str, ...]
+    additions: tuple[str, ...] = ()
+    """What its user wanted in it besides, as pip takes it."""
     python_version: str
     """As in 3.11.7."""
 

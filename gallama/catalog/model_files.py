@@ -34,10 +34,11 @@ _BACKENDS: Mapping[str, tuple[str, ...]] = {
     "exl3": ("exllamav3",),
     "exl2": ("exllamav2",),
     "gptq": ("exllamav2", "transformers"),
+    "fp8": ("transformers", "exllamav3"),
+    "mxfp4": ("transformers", "exllamav3"),
 }
 """What loads a folder that is quantized so; the first is the one to take."""
-# Of these, exllamav3 knows some, and refuses the others itself.
-_OTHER_BACKENDS = ("transformers", "exllamav3")
+_OTHER_BACKENDS = ("transformers",)
 
 
 def find_model(path: Path) -> Path:

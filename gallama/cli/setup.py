@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,13 +23,16 @@ from pathlib import Path
 
 import msgspec
 
+from gallama.bootstrap import command_of
 from gallama.catalog.environments import (
+    CANNOT_COMPILE_HERE,
     ENVIRONMENTS,
     OLDEST_PYTHON,
     RECORD_NAME,
     Environment,
     EnvironmentRecord,
     environment_folder,
+    extensions_folder,
     interpreter_in,
     read_record,
     requirements_of,
@@ -67,6 +71,14 @@ def describe_setup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recreate", action="store_true", help="build it anew, even where nothing has changed"
     )
+    parser.add_argument(
+        "--with",
+        action="append",
+        dest="additions",
+        metavar="PACKAGE",
+        help="install this besides, as in flash-attn or /path/to/a.whl; may be given several times, and holds"
+        " when the environment is built anew",
+    )
     parser.set_defaults(command=setup)
 
 
@@ -82,11 +94,20 @@ def setup(arguments: argparse.Namespace) -> int:
     environment = ENVIRONMENTS[arguments.name]
     python = _choose_python(environment, arguments.python)
     folder = environment_folder(environment.name, os.environ)
-    wanted = EnvironmentRecord(requirements=requirements_of(environment.name), python_version=python.version)
     try:
         with _alone(environment, folder.parent):
-            found = None if arguments.recreate else read_record(folder)
-            if found is not None and _is_as_wanted(found, wanted, names_python=arguments.python is not None):
+            found = read_record(folder)
+            wanted = EnvironmentRecord(
+                requirements=requirements_of(environment.name),
+                additions=_additions(arguments.additions, found),
+                python_version=python.version,
+            )
+            names_python = arguments.python is not None
+            if (
+                found is not None
+                and not arguments.recreate
+                and _is_as_wanted(found, wanted, names_python=names_python)
+            ):
                 _tell(f"{folder} is there, with Python {found.python_version}. --recreate builds it anew.")
             else:
                 _build(environment, python, folder, wanted)
@@ -101,7 +122,27 @@ def setup(arguments: argparse.Namespace) -> int:
 def _is_as_wanted(found: EnvironmentRecord, wanted: EnvironmentRecord, *, names_python: bool) -> bool:
     if names_python and found.python_version != wanted.python_version:
         return False
-    return found.requirements == wanted.requirements
+    return (found.requirements, found.additions) == (wanted.requirements, wanted.additions)
+
+
+def _additions(asked: Sequence[str] | None, found: EnvironmentRecord | None) -> tuple[str, ...]:
+    """What to install beside the requirements: what is asked for, else what was before.
+
+    Raises:
+        InvalidConfig: it would be an option of pip.
+    """
+    if asked is None:
+        return () if found is None else found.additions
+    for package in asked:
+        if not package.strip() or package.startswith("-"):
+            raise InvalidConfig(f"--with: {package!r} is no package.")
+    return tuple(map(_whole_path, asked))
+
+
+def _whole_path(package: str) -> str:
+    """A file or folder by its whole path: the next time, it may be asked for from elsewhere."""
+    is_path = (os.sep in package or package.endswith(".whl")) and os.path.exists(package)
+    return os.path.abspath(package) if is_path else package
 
 
 def _choose_python(environment: Environment, named: str | None) -> Python:
@@ -185,14 +226,22 @@ def _build(environment: Environment, python: Python, folder: Path, record: Envir
         SetupFailed: it cannot be built, or what was installed cannot be imported.
     """
     start = time.monotonic()
-    build = folder.parent / f".{environment.name}-{secrets.token_hex(4)}"
+    # Workers find it by this path, too: to compilers another one is another file.
+    build = folder.parent.resolve() / f".{environment.name}-{secrets.token_hex(4)}"
     _tell(f"Building {folder} with Python {python.version} ({python.command}).")
     try:
         _make_environment(python, build)
         _tell("Installing what it needs; torch alone takes some minutes where the network is slow.")
         _install(build, record.requirements)
-        _tell(f"Checking that {', '.join(environment.modules)} can be imported.")
-        _check_imports(build, environment.modules)
+        for package in record.additions:
+            # Such a package is often compiled against what was installed before.
+            _tell(f"Installing {package}.")
+            _install(build, ("--no-build-isolation", *record.requirements, package))
+        plain = [module for module in environment.modules if module != environment.compiled]
+        _tell(f"Checking that {', '.join(plain)} can be imported.")
+        _check_imports(build, plain)
+        if environment.compiled is not None:
+            _compile(build, environment.compiled)
         (build / RECORD_NAME).write_bytes(msgspec.json.encode(record))
         _put_in_place(build, folder)
     except BaseException:
@@ -201,6 +250,9 @@ def _build(environment: Environment, python: Python, folder: Path, record: Envir
     seconds, gigabytes = time.monotonic() - start, _size_bytes(build) / 10**9
     _tell(f"Done in {seconds:.0f} s: {folder} takes {gigabytes:.1f} GB. Models with the backend")
     _tell(f"{environment.name} run in it from now on; those that are loaded, when they are loaded anew.")
+    option = environment.option
+    if option is not None and not any(build.glob(f"lib/python3*/site-packages/{option.module}")):
+        _tell(f"{option.purpose} To have it: {environment.command} --with {option.package}")
 
 
 def _make_environment(python: Python, build: Path) -> None:
@@ -271,6 +323,36 @@ def explain_pip(complaints: Sequence[str], folder: Path) -> str:
             " PIP_FIND_LINKS or its config file, and a proxy by HTTPS_PROXY."
         )
     return f"pip could not install it: {_last_words(complaints)}."
+
+
+def _compile(build: Path, module: str) -> None:
+    """Import a module that compiles its CUDA extension, where that can be done.
+
+    Raises:
+        SetupFailed: it could be done, but failed.
+    """
+    folder = extensions_folder(build)
+    folder.mkdir()
+    _tell(f"Compiling the CUDA extension of {module} for the GPUs of this machine, which takes some minutes.")
+    sys.stdout.flush()
+    with subprocess.Popen(
+        command_of(str(interpreter_in(build)), "gallama.engines.cuda_extension", module),
+        env=_variables(),
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            complaints = _pass_on(process)
+        except BaseException:
+            # The compilers that it has started belong to its session, and would go on.
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode == CANNOT_COMPILE_HERE:
+        _tell("So it is compiled when the first model is loaded where there are both.")
+    elif process.returncode:
+        raise SetupFailed(f"{module} cannot be compiled: {_last_words(complaints)}.")
 
 
 def _check_imports(build: Path, modules: Sequence[str]) -> None:

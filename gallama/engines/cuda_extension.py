@@ -16,12 +16,13 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from gallama.catalog.environments import extensions_folder
+from gallama.catalog.environments import CANNOT_COMPILE_HERE, extensions_folder
 from gallama.errors import GallamaError, InvalidConfig, MissingExtra
 
 logger = logging.getLogger(__name__)
@@ -158,12 +159,28 @@ def is_compiling(folder: Path) -> bool:
 
 def main() -> int:
     logging.basicConfig(format="%(message)s")
+    library = sys.argv[1]
+    lacking = _what_lacks(library)
+    if lacking:
+        print(f"That cannot be done here: there is no {lacking}.", file=sys.stderr)
+        return CANNOT_COMPILE_HERE
     try:
-        import_with_extension(sys.argv[1])
+        import_with_extension(library)
     except GallamaError as error:
-        print(error, file=sys.stderr)
+        print(f"ERROR: {error.message}", file=sys.stderr)
         return 1
     return 0
+
+
+def _what_lacks(library: str) -> str:
+    """What is not here of all that compiling needs; "" where nothing lacks."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if not torch.cuda.is_available():
+        return "GPU that PyTorch sees"
+    has_nvcc = CUDA_HOME is not None or find_spec(f"{library}_ext") is not None
+    return "" if has_nvcc else "CUDA toolkit with nvcc, which CUDA_HOME may name"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gallama.catalog.environments import read_record, requirements_of
+from gallama.catalog.environments import extensions_folder, read_record, requirements_of
 from gallama.cli import main
 from gallama.cli.setup import explain_pip
 
@@ -30,7 +30,12 @@ case "$*" in
         echo "Collecting torch"
         if [ -f {folder}/ctrl-c ]; then kill -INT $PPID; exec sleep 60; fi
         if [ -f {folder}/no-pip ]; then echo "ERROR: torch is sold out." >&2; exit 1; fi ;;
+    *gallama.engines.cuda_extension*)
+        echo "$*" >> {folder}/compiled
+        [ ! -f {folder}/no-gpu ] || {{ echo "That cannot be done here: there is no GPU." >&2; exit 3; }}
+        [ ! -f {folder}/no-compiler ] || {{ echo "ERROR: nvcc is too old." >&2; exit 1; }} ;;
     "-P -c import"*)
+        echo "$*" >> {folder}/imported
         if [ -f {folder}/broken ]; then echo "ImportError: libgomp is missing" >&2; exit 1; fi ;;
     *) echo "unexpected: $*" >&2; exit 9 ;;
 esac
@@ -55,8 +60,8 @@ class Machine:
     def embedding(self) -> Path:
         return self.environments / "embedding"
 
-    def setup(self, *flags: str, python: str | None = None) -> int:
-        return main(["setup", "embedding", "--python", python or str(self.python), *flags])
+    def setup(self, *flags: str, python: str | None = None, name: str = "embedding") -> int:
+        return main(["setup", name, "--python", python or str(self.python), *flags])
 
     def let(self, happen: str) -> None:
         (self.folder / happen).touch()
@@ -66,8 +71,19 @@ class Machine:
 
     def installed(self) -> list[str]:
         """A line for each call of pip."""
-        log = self.folder / "installed"
-        return log.read_text().splitlines() if log.exists() else []
+        return self._lines("installed")
+
+    def compiled(self) -> list[str]:
+        """A line for each time that an extension was to be compiled."""
+        return self._lines("compiled")
+
+    def imported(self) -> list[str]:
+        """A line for each time that modules were to be imported."""
+        return self._lines("imported")
+
+    def _lines(self, log: str) -> list[str]:
+        path = self.folder / log
+        return path.read_text().splitlines() if path.exists() else []
 
     def builds(self) -> list[str]:
         """What is in the folder of environments, locks aside."""
@@ -147,6 +163,89 @@ class TestBuilding:
         (machine.environments / ".embedding-0123abcd.link").symlink_to(".embedding-0123abcd")
         machine.setup()
         assert machine.builds() == [machine.embedding.resolve().name, "embedding"]
+
+
+class TestCompiling:
+    def test_is_done_in_the_environment_that_is_built(self, machine: Machine) -> None:
+        assert machine.setup(name="exllamav3") == 0
+        (line,) = machine.compiled()
+        assert line.endswith("gallama.engines.cuda_extension exllamav3")
+        assert extensions_folder(machine.environments / "exllamav3").is_dir()
+
+    def test_is_not_done_by_the_check_that_modules_can_be_imported(self, machine: Machine) -> None:
+        machine.setup(name="exllamav2")
+        assert machine.imported() == ["-P -c import torch, safetensors, tokenizers"]
+
+    def test_is_not_done_for_engines_that_have_nothing_to_compile(self, machine: Machine) -> None:
+        machine.setup()
+        assert machine.compiled() == []
+        assert not extensions_folder(machine.embedding).exists()
+
+    def test_waits_for_the_first_load_where_it_cannot_be_done(
+        self, machine: Machine, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        machine.let("no-gpu")
+        assert machine.setup(name="exllamav3") == 0
+        output = capfd.readouterr()
+        assert "there is no GPU" in output.err
+        assert "So it is compiled when the first model is loaded" in output.out
+        assert extensions_folder(machine.environments / "exllamav3").is_dir()
+
+    def test_that_fails_leaves_nothing(self, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+        machine.let("no-compiler")
+        assert machine.setup(name="exllamav3") == 2
+        assert "exllamav3 cannot be compiled: nvcc is too old." in capsys.readouterr().err
+        assert machine.builds() == []
+
+
+class TestAdditions:
+    def test_are_installed_after_the_requirements_and_built_with_them_at_hand(self, machine: Machine) -> None:
+        machine.setup("--with", "flash-attn", "--with", "b==1", name="exllamav2")
+        first, second, third = machine.installed()
+        assert "flash-attn" not in first
+        assert "--no-build-isolation" in second
+        assert (second.split()[-2], third.split()[-2]) == ("flash-attn", "b==1")
+        assert all(requirement in second for requirement in requirements_of("exllamav2"))
+
+    def test_stay_when_it_is_built_anew(self, machine: Machine) -> None:
+        machine.setup("--with", "flash-attn", name="exllamav2")
+        machine.setup("--recreate", name="exllamav2")
+        assert ["flash-attn" in line for line in machine.installed()] == [False, True, False, True]
+
+    def test_that_are_new_have_it_built_anew(self, machine: Machine) -> None:
+        machine.setup()
+        machine.setup("--with", "a")
+        machine.setup("--with", "a")
+        assert len(machine.installed()) == 1 + 2
+        record = read_record(machine.embedding)
+        assert record is not None
+        assert record.additions == ("a",)
+
+    def test_that_are_files_are_found_again_from_elsewhere(
+        self, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(machine.folder)
+        machine.let("a.whl")
+        machine.setup("--with", "a.whl")
+        record = read_record(machine.embedding)
+        assert record is not None
+        assert record.additions == (str(machine.folder / "a.whl"),)
+
+    @pytest.mark.parametrize("package", ["", " ", "--pre", "-r list.txt"])
+    def test_that_are_options_of_pip_are_refused(
+        self, machine: Machine, capsys: pytest.CaptureFixture[str], package: str
+    ) -> None:
+        assert machine.setup(f"--with={package}") == 2
+        assert "is no package" in capsys.readouterr().err
+        assert machine.installed() == []
+
+    def test_that_would_be_good_to_have_are_named(
+        self, machine: Machine, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        machine.setup(name="exllamav2")
+        assert "To have it: gallama setup exllamav2 --with flash-attn\n" in capsys.readouterr().out
+        machine.setup()
+        assert "To have it" not in capsys.readouterr().out
 
 
 class TestFailing:
