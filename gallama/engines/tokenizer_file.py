@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from gallama.errors import InvalidConfig, ModelLoadFailed
 from gallama.generation import Vocabulary
@@ -28,27 +28,24 @@ _LOOKS_LIKE_CONTROL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<m
 
 
 class TokenizerFile:
-    """A tokenizer.json as it was loaded, apart from any settings of its wrapper."""
+    """The tokenizer of a tokenizer.json."""
 
-    def __init__(self, description: str, *, extra_control: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, extra_control: Sequence[str] = ()) -> None:
         """
         Args:
-            description: the JSON text.
+            tokenizer: of this object from here on; one that neither pads nor truncates.
             extra_control: names of tokens that are control tokens whatever the file says.
         """
-        self._json: dict[str, Any] = json.loads(description)
-        self._json["truncation"] = self._json["padding"] = None
-        self._prompts = Tokenizer.from_str(json.dumps(self._json))
-        self.ids: Mapping[str, int] = self._prompts.get_vocab(with_added_tokens=True)
-        self._added = {token["id"]: token["content"] for token in self._json["added_tokens"]}
+        self._prompts = tokenizer
+        self._steps = _steps_of(tokenizer)
+        self.ids: Mapping[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        self._added = dict(sorted(tokenizer.get_added_tokens_decoder().items()))
         self.control_tokens = {
-            token["content"]: token["id"]
-            for token in self._json["added_tokens"]
-            if token["special"]
-            or _LOOKS_LIKE_CONTROL.fullmatch(token["content"])
-            or token["content"] in extra_control
+            token.content: token_id
+            for token_id, token in self._added.items()
+            if token.special or _LOOKS_LIKE_CONTROL.fullmatch(token.content) or token.content in extra_control
         }
-        self.marks = frozenset(set(self._added.values()) - set(self.control_tokens))
+        self.marks = frozenset(token.content for token in self._added.values()) - set(self.control_tokens)
         self._texts = self._tokenizer_of_texts()
 
     def tokenize(self, text: str) -> list[int]:
@@ -71,7 +68,7 @@ class TokenizerFile:
         Raises:
             ModelLoadFailed: tokens are spelled in a way that is not known here.
         """
-        spell = _speller(self._json)
+        spell = _speller(self._steps)
         texts = [b""] * (max(self.ids.values()) + 1)
         for name, token_id in self.ids.items():
             texts[token_id] = name.encode() if token_id in self._added else spell(name)
@@ -81,20 +78,29 @@ class TokenizerFile:
 
     def _tokenizer_of_texts(self) -> Tokenizer:
         """One that takes control tokens for text, and changes nothing of a text before it cuts it."""
-        added = [
-            {**token, "special": token["content"] in self.control_tokens, "lstrip": False, "rstrip": False}
-            for token in self._json["added_tokens"]
-        ]
         changed = {
-            **self._json,
-            "added_tokens": added,
+            **self._steps,
             "post_processor": None,
-            "normalizer": _only_replacing(self._json["normalizer"]),
-            "pre_tokenizer": _without_blank_in_front(self._json["pre_tokenizer"]),
+            "normalizer": _only_replacing(self._steps["normalizer"]),
+            "pre_tokenizer": _without_blank_in_front(self._steps["pre_tokenizer"]),
         }
         tokenizer = Tokenizer.from_str(json.dumps(changed))
+        tokenizer.model = self._prompts.model  # the same one: it is large, and is not changed
+        tokenizer.add_tokens([self._as_written(token) for token in self._added.values()])
         tokenizer.encode_special_tokens = True
+        ids = {token.content: token_id for token_id, token in self._added.items()}
+        assert all(tokenizer.token_to_id(name) == ids[name] for name in ids), (
+            "added in the order of their ids"
+        )
         return tokenizer
+
+    def _as_written(self, token: AddedToken) -> AddedToken:
+        return AddedToken(
+            token.content,
+            single_word=token.single_word,
+            normalized=token.normalized,
+            special=token.content in self.control_tokens,
+        )
 
 
 def read_vocabulary(file: TokenizerFile, *, end_tokens: Sequence[int]) -> Vocabulary:
@@ -212,9 +218,10 @@ def _speller(description: Mapping[str, Any]) -> Callable[[str], bytes]:
 
 
 def _spell_byte_level(name: str) -> bytes:
-    if all(letter in _BYTE_OF_LETTER for letter in name):
-        return bytes(_BYTE_OF_LETTER[letter] for letter in name)
-    return name.encode()
+    try:
+        return bytes(map(_BYTE_OF_LETTER.__getitem__, name))
+    except KeyError:
+        return name.encode()
 
 
 def _spell_sentencepiece(name: str) -> bytes:
@@ -232,6 +239,16 @@ def _letters_of_bytes() -> dict[str, int]:
 
 
 _BYTE_OF_LETTER = _letters_of_bytes()
+
+
+def _steps_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a tokenizer does before and after its model, as its JSON describes it; with an empty model."""
+    steps = Tokenizer(models.BPE())
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (step := getattr(tokenizer, name)) is not None:
+            setattr(steps, name, step)
+    described: dict[str, Any] = json.loads(steps.to_str())
+    return described
 
 
 def _parts(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:

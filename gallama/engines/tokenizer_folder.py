@@ -67,7 +67,7 @@ def make_tokens(
 ) -> FolderTokens:
     """
     Args:
-        tokenizer: its settings for padding and truncation are dropped.
+        tokenizer: what it is set to do with whole prompts is dropped.
         end_tokens: what ends an answer, the one that the model prefers first; those that are no tokens are
             left out.
         model_tokens: how many the model knows; None: its config.json does not say.
@@ -78,11 +78,12 @@ def make_tokens(
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = False
     names = {token: name for name, token in tokenizer.get_vocab(with_added_tokens=True).items()}
     _check_size(names, _MOST_TOKENS if model_tokens is None else min(model_tokens, _MOST_TOKENS))
     extra = [token_named(tokenizer, text) for text in spec.eos_token_list]
     ends = [token for token in dict.fromkeys([*end_tokens, *extra]) if token in names]
-    file = TokenizerFile(tokenizer.to_str(), extra_control=[names[token] for token in ends])
+    file = TokenizerFile(tokenizer, extra_control=[names[token] for token in ends])
     return FolderTokens(file, read_vocabulary(file, end_tokens=ends), chat_template)
 
 

@@ -57,7 +57,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 
 @pytest.fixture(params=list(TOKENIZERS))
 def file(request: pytest.FixtureRequest) -> TokenizerFile:
-    return TokenizerFile(TOKENIZERS[request.param]().to_str())
+    return TokenizerFile(TOKENIZERS[request.param]())
 
 
 def test_the_tokens_of_any_text_write_it(file: TokenizerFile) -> None:
@@ -87,19 +87,19 @@ def test_control_tokens_are_found_in_prompts_only(file: TokenizerFile) -> None:
 
 def test_a_text_that_goes_on_gets_no_blank_in_front() -> None:
     for tokenizer in (sentencepiece(), newer_sentencepiece()):
-        file = TokenizerFile(tokenizer.to_str())
+        file = TokenizerFile(tokenizer)
         vocabulary = read_vocabulary(file, end_tokens=[END])
         assert vocabulary.tokens[vocabulary.encode(b"hello")[0]] == b"h"
         assert vocabulary.tokens[file.tokenize("hello")[0]] == b" h"
 
 
 def test_the_token_that_every_prompt_begins_with_is_known() -> None:
-    assert read_vocabulary(TokenizerFile(sentencepiece().to_str()), end_tokens=[END]).start_token_id == 1
-    assert read_vocabulary(TokenizerFile(byte_level().to_str()), end_tokens=[END]).start_token_id is None
+    assert read_vocabulary(TokenizerFile(sentencepiece()), end_tokens=[END]).start_token_id == 1
+    assert read_vocabulary(TokenizerFile(byte_level()), end_tokens=[END]).start_token_id is None
 
 
 def test_a_token_that_is_not_special_is_a_mark_and_part_of_the_text() -> None:
-    vocabulary = read_vocabulary(TokenizerFile(byte_level().to_str()), end_tokens=[END])
+    vocabulary = read_vocabulary(TokenizerFile(byte_level()), end_tokens=[END])
     assert vocabulary.marks == {"<tool_call>", "</tool_call>"}
     (token,) = vocabulary.encode(b"<tool_call>")
     assert vocabulary.tokens[token] == b"<tool_call>"
@@ -108,16 +108,16 @@ def test_a_token_that_is_not_special_is_a_mark_and_part_of_the_text() -> None:
 def test_letters_that_a_prompt_would_have_made_one_stay_as_they_are_in_an_answer() -> None:
     tokenizer = byte_level()
     tokenizer.normalizer = normalizers.NFC()
-    vocabulary = read_vocabulary(TokenizerFile(tokenizer.to_str()), end_tokens=[END])
+    vocabulary = read_vocabulary(TokenizerFile(tokenizer), end_tokens=[END])
     decomposed = "e\u0301".encode()
     assert b"".join(vocabulary.tokens[token] for token in vocabulary.encode(decomposed)) == decomposed
 
 
 def test_equal_vocabularies_have_equal_fingerprints_and_others_do_not() -> None:
-    one, same = (read_vocabulary(TokenizerFile(byte_level().to_str()), end_tokens=[END]) for _ in range(2))
+    one, same = (read_vocabulary(TokenizerFile(byte_level()), end_tokens=[END]) for _ in range(2))
     tokenizer = byte_level()
     tokenizer.add_special_tokens(["<|another|>"])
-    other = read_vocabulary(TokenizerFile(tokenizer.to_str()), end_tokens=[END])
+    other = read_vocabulary(TokenizerFile(tokenizer), end_tokens=[END])
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
@@ -125,7 +125,7 @@ def test_a_tokenizer_of_words_is_refused() -> None:
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "hello": 1, "##lo": 2}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(ModelLoadFailed, match="decoder is WordPiece"):
-        read_vocabulary(TokenizerFile(tokenizer.to_str()), end_tokens=[END])
+        read_vocabulary(TokenizerFile(tokenizer), end_tokens=[END])
 
 
 def test_a_tokenizer_that_loses_text_is_refused() -> None:
@@ -134,9 +134,9 @@ def test_a_tokenizer_that_loses_text_is_refused() -> None:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     with pytest.raises(ModelLoadFailed, match="Constraints could not be held"):
-        read_vocabulary(TokenizerFile(tokenizer.to_str()), end_tokens=[END])
+        read_vocabulary(TokenizerFile(tokenizer), end_tokens=[END])
 
 
 def test_a_vocabulary_without_an_end_is_refused() -> None:
     with pytest.raises(ModelLoadFailed, match="eos_token_list"):
-        read_vocabulary(TokenizerFile(byte_level().to_str()), end_tokens=[])
+        read_vocabulary(TokenizerFile(byte_level()), end_tokens=[])
