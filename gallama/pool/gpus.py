@@ -175,10 +175,11 @@ def _check_enough(spec: ModelSpec, key: str, given: tuple[float, ...] | None, ne
     if not any(given or ()) or need_bytes <= sum(given or ()) * GIGABYTE * ESTIMATE_TOLERANCE:
         return
     what = "the draft model" if key == "draft_gpus" else "it"
+    in_part = ", or put fewer layers on GPUs (`backend_extra_args.n_gpu_layers`)"
     raise InvalidConfig(
         f"model {_name(spec)!r}: {what} needs about {need_bytes / GIGABYTE:.1f} GB of GPU memory, but `{key}`"
-        f" gives {sum(given or ()):g}. Give more, set a smaller `cache_size` or `cache_quant`, or put fewer"
-        " layers on GPUs (`backend_extra_args.n_gpu_layers`)."
+        f" gives {sum(given or ()):g}. Give more, or set a smaller `cache_size` or `cache_quant`"
+        f"{in_part if spec.backend in ('auto', 'llama_cpp') else ''}."
     )
 
 
@@ -240,17 +241,18 @@ def _usable_bytes(gpu: Gpu, reserve_gigabytes: float | None, set_aside_gigabytes
 
 
 def _fewest_that_hold(spec: ModelSpec, need_bytes: int, usable: Mapping[int, int]) -> list[int]:
-    """The indexes of the GPUs to use, those with the most room first; none for a model that needs nothing."""
+    """The indexes of the GPUs to use, those with the most room first; none for a model that needs nothing.
+    Whoever splits every layer wants all of them."""
     if not need_bytes:
         return []
     by_room = sorted(usable, key=lambda index: (-usable[index], index))
-    if usable[by_room[0]] >= need_bytes:
+    if usable[by_room[0]] >= need_bytes and not spec.tp:
         return by_room[:1]
     uneven = math.ceil(need_bytes * UNEVEN_PART)
     room = 0
     for count, index in enumerate(by_room, start=1):
         room += max(0, usable[index] - uneven)
-        if room >= need_bytes:
+        if room >= need_bytes and (count == len(by_room) or not spec.tp):
             return by_room[:count]
     each = ", ".join(f"GPU {index} {usable[index] / GIGABYTE:.1f} GB" for index in sorted(usable))
     kept = f" and the {spec.reserve_vram:g} GB of `reserve_vram`" if spec.reserve_vram else ""

@@ -122,6 +122,8 @@ def test_what_is_free_does_not_matter_where_gigabytes_are_asked_for() -> None:
 def test_gigabytes_that_the_model_will_not_keep_to_are_refused() -> None:
     with pytest.raises(InvalidConfig, match=r"needs about 26\.0 GB of GPU memory, but `gpus` gives 20"):
         place(spec_of(gpus="10,10"), 26 * GIGABYTE, cards(24, 24))
+    with pytest.raises(InvalidConfig, match=r"set a smaller `cache_size` or `cache_quant`\.$"):
+        place(spec_of(gpus="10,10", backend="exllamav3"), 26 * GIGABYTE, cards(24, 24))
     with pytest.raises(InvalidConfig, match=r"the draft model needs about 3\.0 GB .*`draft_gpus` gives 2"):
         place(drafting(draft_gpus="2"), 9 * GIGABYTE, cards(24, 24), draft_bytes=3 * GIGABYTE)
 
@@ -158,6 +160,13 @@ def test_auto_takes_the_fewest_gpus_that_hold_a_model_together() -> None:
     placement = place(spec_of(), 30 * GIGABYTE, cards(10, 20, 15))
     assert visible(placement) == "1,2"
     assert place(spec_of(), 38 * GIGABYTE, cards(10, 20, 15)).gpus == (0, 1, 2)
+
+
+def test_auto_takes_all_gpus_for_a_model_whose_layers_are_split() -> None:
+    assert place(spec_of(tp=True), 8 * GIGABYTE, cards(10, 20, 15)).gpus == (0, 1, 2)
+    assert place(spec_of(tp=True), 8 * GIGABYTE, cards(20)).gpus == (0,)
+    with pytest.raises(NotEnoughMemory):
+        place(spec_of(tp=True), 60 * GIGABYTE, cards(10, 20, 15))
 
 
 def test_a_reserve_is_kept_free() -> None:
