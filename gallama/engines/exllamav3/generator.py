@@ -141,8 +141,6 @@ class ExLlamaV3Generator:
         return tokens
 
     def close(self) -> None:
-        for job in list(self._texts):
-            self._generator.cancel(job)
         self._texts.clear()
         self._generator.close()
         if self._models.draft_model is not None:
@@ -194,6 +192,8 @@ class ExLlamaV3Generator:
         """Tell a text what came of it, beside the tokens, which it has been told."""
         job = result["job"]
         text = self._texts[job]
+        if result["stage"] == "started":
+            self._without_room = None  # it may share the pages of the one that has started
         if result["stage"] == "streaming":
             text.begin(cached_prompt_tokens(job, PAGE_TOKENS))
             if "token_probs" in result:

@@ -83,13 +83,12 @@ class _Loading:
         # Some models' positions have another meaning if texts may be long.
         config.override_dynamic_seq_len(length)
         model = Model.from_config(config)
+        self._check_split(model)
         widest = widest_draft(spec, is_recurrent=bool(model.caps.get("recurrent_states")))
         for_cache = cache_options(spec, options, context_length=length, widest_draft=widest)
         cache = self._make_cache(model, for_cache, widest)
-        free_before = _free_bytes()
         draft_model, draft_cache = self._load_draft(for_cache, length)
-        taken = [before - now for before, now in zip(free_before, _free_bytes(), strict=True)]
-        self._load_model(model, draft_model, taken, widest)
+        self._load_model(model, draft_model, widest)
         self._warm_up(model, cache, widest)
         generator = ExLlamaV3Generator(
             Models(
@@ -112,6 +111,13 @@ class _Loading:
         generator.probe()
         self._report_progress(1.0)
         return generator
+
+    def _check_split(self, model: Any) -> None:
+        if self._spec.tp and not model.caps.get("supports_tp"):
+            raise InvalidConfig(
+                f"`tp` is true, but exllamav3 cannot split the layers of a {model.config.architecture}. Leave"
+                " it out: whole layers go onto the GPUs then."
+            )
 
     def _load_draft(self, for_cache: CacheOptions, context_length: int) -> tuple[Any, Any]:
         """The draft model and its cache; None, None: there is none."""
@@ -144,17 +150,8 @@ class _Loading:
             return "gpus", self._spec.gpus
         return "draft_gpus", self._spec.draft_gpus
 
-    def _load_model(self, model: Any, draft_model: Any, draft_bytes: list[int], widest: int) -> None:
-        """
-        Args:
-            draft_bytes: what the draft model takes on each GPU.
-        """
+    def _load_model(self, model: Any, draft_model: Any, widest: int) -> None:
         spec = self._spec
-        if spec.tp and not model.caps.get("supports_tp"):
-            raise InvalidConfig(
-                f"`tp` is true, but exllamav3 cannot split the layers of a {model.config.architecture}. Leave"
-                " it out: whole layers go onto the GPUs then."
-            )
         shares_gigabytes = draft_model is not None and spec.draft_gpus is None
         rows = max(spec.max_concurrent_requests, MOST_ROWS if widest else 0)
         model.load(
@@ -163,7 +160,7 @@ class _Loading:
                 spec.gpus,
                 reserve_gigabytes=spec.reserve_vram,
                 free_bytes=_free_bytes(),
-                taken_bytes=draft_bytes if shares_gigabytes else None,
+                taken_bytes=_taken_bytes() if shares_gigabytes else None,
             ),
             tensor_p=spec.tp,
             tp_backend=self._options.tp_backend,
@@ -225,6 +222,11 @@ def naming(path: Path) -> Iterator[None]:
             raise NotEnoughMemory(f"{path} and its cache do not fit the GPUs that they may use.") from error
         said = str(error) or type(error).__name__
         raise ModelLoadFailed(f"exllamav3 could not load {path}: {said}") from error
+
+
+def _taken_bytes() -> list[int]:
+    """By this process, on each GPU that it sees."""
+    return [torch.cuda.memory_reserved(index) for index in range(torch.cuda.device_count())]
 
 
 def _free_bytes() -> list[int]:
