@@ -1,4 +1,7 @@
-"""A model that only transformers runs, through a gateway: random weights, and every guarantee."""
+"""Models in folders of Hugging Face's form, through a gateway: noise, and every guarantee.
+
+exllamav2 and exllamav3 run on the grounds that need no GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +20,7 @@ import jsonschema
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from tests.engines.on_ground import interpreter_on_ground
 from tests.engines.tiny_llama import save_tiny_llama
 
 MODEL = "tiny"
@@ -35,10 +40,41 @@ TOOL: Any = {
 }
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory, serving_gateway: Callable[..., Any]) -> Iterator[Any]:
-    folder = save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
-    model = f"model_id={folder} max_concurrent_requests=8"
+def _transformers(folder: Path) -> str:
+    return f"model_id={save_tiny_llama(folder)}"
+
+
+def _exllamav2(folder: Path) -> str:
+    from tests.engines.exllamav2.ground import save_folder
+
+    path = save_folder(folder)
+    return f"model_id={path} backend=exllama python={interpreter_on_ground('exllamav2', folder.parent)}"
+
+
+def _exllamav3(folder: Path) -> str:
+    from tests.engines.exllamav3.ground import save_model
+
+    path = save_model(folder)
+    return f"model_id={path} backend=exllamav3 python={interpreter_on_ground('exllamav3', folder.parent)}"
+
+
+ENGINES: dict[str, Callable[[Path], str]] = {
+    "transformers": _transformers,
+    "exllamav2": _exllamav2,
+    "exllamav3": _exllamav3,
+}
+"""What saves a model for an engine, and says how it is served."""
+
+
+@pytest.fixture(scope="module", params=list(ENGINES))
+def gateway(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    serving_gateway: Callable[..., Any],
+) -> Iterator[Any]:
+    folder = tmp_path_factory.mktemp("models") / MODEL
+    folder.mkdir()
+    model = f"{ENGINES[request.param](folder)} max_concurrent_requests=8"
     with serving_gateway(tmp_path_factory.mktemp("gateway"), "-id", model, settings=None) as gateway:
         yield gateway
 
@@ -57,7 +93,7 @@ def status(gateway: Any) -> Any:
     return httpx.get(f"{gateway.url}/ready", trust_env=False).json()["models"][MODEL]
 
 
-def test_a_folder_is_served_by_transformers(gateway: Any, client: OpenAI) -> None:
+def test_a_folder_is_served(gateway: Any, client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     answer = ask(client, temperature=0)
     assert answer.usage.completion_tokens > 0
