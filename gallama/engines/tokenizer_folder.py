@@ -23,7 +23,6 @@ from msgspec import Struct
 from tokenizers import AddedToken, Tokenizer
 
 from gallama.config import ModelSpec
-from gallama.engines.draft_vocabulary import check_same_vocabulary as check_same_vocabulary
 from gallama.engines.tokenizer_file import TokenizerFile, read_vocabulary, token_named
 from gallama.errors import GallamaError, ModelLoadFailed
 from gallama.generation import Vocabulary
@@ -93,7 +92,8 @@ def read_generation_ends(path: Path) -> list[int]:
     Raises:
         ModelLoadFailed: it cannot be read.
     """
-    return _listed(_read(path / "generation_config.json", _GenerationConfig).eos_token_id)
+    with _naming(path):
+        return _generation_ends(path)
 
 
 def default_template(template: str | Mapping[str, str] | None) -> str:
@@ -119,11 +119,15 @@ def _read_tokens(path: Path, spec: ModelSpec) -> FolderTokens:
     end = older.eos_token or described.eos_token
     return make_tokens(
         tokenizer,
-        end_tokens=[*_ids_of(tokenizer, end), *read_generation_ends(path), *config.end_tokens()],
+        end_tokens=[*_ids_of(tokenizer, end), *_generation_ends(path), *config.end_tokens()],
         spec=spec,
         chat_template=_read_template(path, described),
         model_tokens=config.model_tokens(),
     )
+
+
+def _generation_ends(path: Path) -> list[int]:
+    return _listed(_read(path / "generation_config.json", _GenerationConfig).eos_token_id)
 
 
 def _check_size(names: Mapping[int, str], model_tokens: int) -> None:
@@ -223,7 +227,7 @@ class _ModelConfig(_TextConfig):
 
 def _read_config(path: Path) -> _ModelConfig:
     if not (path / "config.json").is_file():
-        raise ModelLoadFailed(f"{path} is no folder of a model: it has no config.json.")
+        raise ModelLoadFailed("This is no folder of a model: it has no config.json.")
     return _read(path / "config.json", _ModelConfig)
 
 
@@ -231,8 +235,8 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise ModelLoadFailed(
-            f"{path} has no tokenizer.json. Take that of the model it was made from, or let transformers"
-            " write it: `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`."
+            "There is no tokenizer.json. Take that of the model it was made from, or let transformers write"
+            " it: `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`."
         )
     return Tokenizer.from_str(_read_text(file, most_bytes=_MOST_BYTES_OF_TOKENIZER))
 
@@ -331,28 +335,30 @@ def _read(file: Path, kind: type[T]) -> T:
     try:
         return msgspec.convert(json.loads(text), kind, str_keys=True)
     except (ValueError, RecursionError, msgspec.ValidationError) as error:
-        raise ModelLoadFailed(f"{file} cannot be read: {error}. Download it again.") from error
+        raise ModelLoadFailed(f"{file.name} cannot be read: {error}. Download it again.") from error
 
 
 def _read_text(file: Path, *, most_bytes: int = _MOST_BYTES) -> str:
     try:
         size = file.stat().st_size
         if size > most_bytes:
-            raise ModelLoadFailed(f"{file} has {size} bytes; no such file has more than {most_bytes}.")
+            raise ModelLoadFailed(f"{file.name} has {size} bytes; no such file has more than {most_bytes}.")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelLoadFailed(f"{file} cannot be read: {error}. Download it again.") from error
+        raise ModelLoadFailed(f"{file.name} cannot be read: {error}. Download it again.") from error
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """What the library raises, which has no classes of its own, as our error."""
+    """Errors that name the folder, also of the library, which has no classes of its own for them."""
     try:
         yield
+    except ModelLoadFailed as error:
+        raise ModelLoadFailed(f"{path}: {error.message}") from error
     except (GallamaError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # when it panics, that is no Exception
         raise ModelLoadFailed(
-            f"The tokenizer of {path} cannot be read: {error}. Download tokenizer.json and the files beside"
-            " it again."
+            f"{path}: the tokenizer cannot be read: {error}. Download tokenizer.json and the files beside it"
+            " again."
         ) from error
