@@ -56,7 +56,7 @@ class Echo:
 
 @pytest.fixture(scope="module")
 def file() -> TokenizerFile:
-    return TokenizerFile(train_tiny_tokenizer().to_str())
+    return TokenizerFile(train_tiny_tokenizer())
 
 
 @pytest.fixture
