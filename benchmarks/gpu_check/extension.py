@@ -1,0 +1,100 @@
+"""The libraries' CUDA extensions: compiled once, then carried back and forth.
+
+Compiling takes minutes, and a machine that is given back forgets it. So the extension, which the library
+takes as built where it can be imported by its name, is kept in parts that are small enough to come back.
+"""
+
+from __future__ import annotations
+
+import lzma
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check import places
+from benchmarks.gpu_check.findings import Findings
+
+PART_BYTES = 15 * 2**20
+MOST_PARTS = 3
+"""Of each extension: eight files come back in all."""
+
+
+@dataclass(frozen=True)
+class Library:
+    name: str
+
+    @property
+    def extension(self) -> str:
+        return f"{self.name}_ext"
+
+
+LIBRARIES = {"v2": Library("exllamav2"), "v3": Library("exllamav3")}
+
+
+def build(findings: Findings, engine: str) -> None:
+    """Import the library as a worker does, which compiles its extension where there is none yet."""
+    library = LIBRARIES[engine]
+    file = places.SITE / f"{library.extension}.so"
+    tag = built_for()
+    if not file.exists():
+        findings.figure("restored", join_parts(parts(places.BACK, library, tag), file))
+    started = time.monotonic()
+    extension = import_library(library)
+    findings.figure("import_seconds", round(time.monotonic() - started, 1))
+    found = Path(extension.__file__)
+    findings.check("the extension can be imported", found.exists(), file=found.name)
+    if found != file:
+        findings.figure("megabytes", round(found.stat().st_size / 10**6, 1))
+        shutil.copyfile(found, file)
+        findings.figure("parts", len(split_in_parts(file, places.BUILT, f"{library.extension}-{tag}")))
+
+
+def import_library(library: Library) -> Any:
+    """The module of the extension."""
+    from gallama.engines.cuda_extension import import_with_extension
+
+    import_with_extension(library.name)
+    return getattr(import_module(f"{library.name}.ext"), library.extension)
+
+
+def built_for() -> str:
+    """What an extension must have been built for to be used here."""
+    import torch
+
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    major, minor = torch.cuda.get_device_capability()
+    return re.sub(r"[^\w.-]", "_", f"torch{torch.__version__}-{python}-sm{major}{minor}")
+
+
+def split_in_parts(file: Path, folder: Path, name: str, part_bytes: int = PART_BYTES) -> list[Path]:
+    """Compress a file into parts; none where that takes more than may come back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    compressed = lzma.compress(file.read_bytes(), preset=1)
+    count = -(-len(compressed) // part_bytes)
+    if count > MOST_PARTS:
+        print(f"{name} has {len(compressed)} bytes, too many to come back", flush=True)
+        return []
+    written = []
+    for number in range(count):
+        part = folder / f"{name}.xz.{number}"
+        part.write_bytes(compressed[number * part_bytes : (number + 1) * part_bytes])
+        written.append(part)
+    return written
+
+
+def parts(folder: Path, library: Library, tag: str) -> list[Path]:
+    return sorted(folder.glob(f"{library.extension}-{tag}.xz.*"))
+
+
+def join_parts(found: list[Path], file: Path) -> bool:
+    """Make the file of its parts again; False where there are none."""
+    if not found:
+        return False
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(lzma.decompress(b"".join(part.read_bytes() for part in found)))
+    return True
