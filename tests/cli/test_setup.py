@@ -188,7 +188,7 @@ class TestCompiling:
         assert machine.setup(name="exllamav3") == 0
         output = capfd.readouterr()
         assert "there is no GPU" in output.err
-        assert "So it is compiled when the first model is loaded" in output.out
+        assert "It will be compiled when a model is first loaded" in output.out
         assert extensions_folder(machine.environments / "exllamav3").is_dir()
 
     def test_that_fails_leaves_nothing(self, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
