@@ -60,7 +60,7 @@ def test_more_positions_than_the_model_has_must_be_stretched() -> None:
 
 
 def test_cache_and_positions_have_room_for_the_drafts_behind_the_longest_text() -> None:
-    drafting = {"speculative": "ngram", "num_draft_tokens": 30}
+    drafting: dict[str, Any] = {"speculative": "ngram", "num_draft_tokens": 30}
     for cache_size, more in ((4096, {}), (4096, drafting), (65536, {})):
         sizes = sizes_of(PLAIN, max_seq_len=4096, cache_size=cache_size, **more)
         assert sizes.cache % 256 == 0
