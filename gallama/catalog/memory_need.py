@@ -75,6 +75,8 @@ class MemoryNeed:
     model: ModelNeed
     draft: ModelNeed | None = None
     process_bytes: int = PROCESS_BYTES
+    needs_gpus: bool = False
+    """Whether what may go onto GPUs can go nowhere else."""
 
     @property
     def gpu_bytes(self) -> int:
@@ -88,8 +90,13 @@ class MemoryNeed:
 
     @property
     def host_bytes(self) -> int:
-        """Main memory without a GPU, at the start."""
+        """Main memory without a GPU, at the start; what must be on GPUs counts, too."""
         return self.process_bytes + self.model.total_bytes + (self.draft.total_bytes if self.draft else 0)
+
+    @property
+    def least_host_bytes(self) -> int:
+        """Main memory where no GPU is seen; what must be on one all the same does not count."""
+        return self.host_bytes - (self.gpu_bytes if self.needs_gpus else 0)
 
     @property
     def shelf_bytes(self) -> int:
@@ -169,7 +176,7 @@ def _need_with_exllama(spec: ModelSpec, folder: Path) -> MemoryNeed:
         if spec.draft_cache_quant is not None:
             bytes_of_32 = _CACHE_BYTES_OF_32[spec.draft_cache_quant]
         draft = _need_of_exllama(spec, of_draft, cells, bytes_of_32, gpus)
-    return MemoryNeed(model=need, draft=draft, process_bytes=EXLLAMA_PROCESS_BYTES)
+    return MemoryNeed(model=need, draft=draft, process_bytes=EXLLAMA_PROCESS_BYTES, needs_gpus=True)
 
 
 def _exllama_bytes_of_32(spec: ModelSpec) -> int:

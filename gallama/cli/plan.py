@@ -100,6 +100,8 @@ def plan_memory(model: ResolvedModel, gpus: Sequence[Gpu], available_bytes: int)
         problem = number + error.report().message
     shares = [] if problem else [*_on_gpus(gpus, placements), _main_memory(need, placements, available_bytes)]
     asked = {index for placement in placements for index in placement.gpus}
+    if need.needs_gpus and not asked and not problem:
+        asked = {0}
     unseen = tuple(sorted(asked - {gpu.index for gpu in gpus}))
     return Plan(model=model, need=need, shares=tuple(shares), unseen_gpus=unseen, problem=problem)
 
@@ -117,7 +119,11 @@ def _main_memory(need: MemoryNeed, placements: Sequence[Placement], available_by
     on_gpus = sum(
         size - CONTEXT_BYTES for placement in placements for size in placement.bytes_by_gpu.values()
     )
-    needed = max(0, need.host_bytes * len(placements) - on_gpus)
+    instances = len(placements)
+    if need.needs_gpus:
+        needed = need.least_host_bytes * instances
+    else:
+        needed = max(0, need.host_bytes * instances - on_gpus)
     return Share(memory="main memory", needed_bytes=needed, free_bytes=available_bytes)
 
 

@@ -46,7 +46,8 @@ class Memory:
         """Whether it is known that the model does not fit beside what is loaded."""
         try:
             placement = self._place(model, self._seen_lately())
-            return not placement.gpus and self._need(model).host_bytes > psutil.virtual_memory().available
+            needed = self._need(model).least_host_bytes
+            return not placement.gpus and needed > psutil.virtual_memory().available
         except NotEnoughMemory:
             return True
         except Exception:

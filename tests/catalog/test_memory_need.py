@@ -274,6 +274,12 @@ class TestExllama:
         assert need.model.weight_bytes == 2 * 512_000
         assert need.gpu_bytes == need.model.total_bytes - 512_000
 
+    def test_main_memory_never_takes_what_must_be_on_gpus(self, write_folder: Callable[..., Path]) -> None:
+        need = need_of(write_folder(), backend="exllamav3")
+        assert need.least_host_bytes == need.process_bytes + 512_000
+        on_cpus = need_of(write_folder("other"), backend="transformers")
+        assert on_cpus.least_host_bytes == on_cpus.host_bytes
+
     def test_weights_of_4_bytes_are_held_in_2(self, write_folder: Callable[..., Path]) -> None:
         assert need_of(write_folder(dtype=np.float32), backend="exllamav2").model.weight_bytes == 2 * 512_000
 

@@ -125,3 +125,32 @@ def test_an_engine_without_a_model_needs_nothing(tmp_path: Path) -> None:
     plan = plan_memory(model, [], 0)
     assert plan.fits
     assert "total             0 MB" in "\n".join(lines(plan))
+
+
+class TestAModelThatNeedsGpus:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """An EXL3 model of 8 GB, as far as its head says."""
+        tensor = {"dtype": "I16", "shape": [4 * 10**9], "data_offsets": [0, 8 * 10**9]}
+        head = json.dumps({"model.layers.0.mlp.up_proj.trellis": tensor}).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+        (tmp_path / "config.json").write_text("{}")
+        return tmp_path
+
+    def test_takes_nothing_of_main_memory_for_its_weights(self, folder: Path) -> None:
+        plan = planned(24, model_id=str(folder))
+        gpu, main_memory = plan.shares
+        assert gpu.needed_bytes > 8 * GIGABYTE
+        assert main_memory.needed_bytes < 2 * GIGABYTE
+        assert (plan.fits, plan.unseen_gpus) == (True, ())
+
+    def test_is_split_where_one_gpu_is_too_small(self, folder: Path) -> None:
+        shares = planned(6, 6, model_id=str(folder)).shares
+        assert [share.memory for share in shares] == ["GPU 0 (card)", "GPU 1 (card)", "main memory"]
+
+    def test_does_not_fit_gpus_that_are_too_small_together(self, folder: Path) -> None:
+        assert "needs 8.0 GB of GPU memory" in planned(3, 3, model_id=str(folder)).problem
+
+    def test_is_not_judged_where_no_gpu_is_seen(self, folder: Path) -> None:
+        text = lines(planned(main_memory=4, model_id=str(folder)))
+        assert text[-2:] == ["GPU 0: not seen from here, so not judged", "It fits, as far as can be seen."]
