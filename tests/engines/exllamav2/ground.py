@@ -15,6 +15,7 @@ import importlib
 import json
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,13 +75,19 @@ class Ground:
     """What would go unnoticed on a GPU, or spoil its memory."""
     threads: set[int] = field(default_factory=set)
     """Those that have called what only one may call."""
-    generators: list[Any] = field(default_factory=list)
+    generators: list[weakref.ref[Any]] = field(default_factory=list)
     loads: list[dict[str, Any]] = field(default_factory=list)
     unloads: int = 0
     before_pass: Callable[[Pass], None] | None = None
     """May raise, or wait."""
     change_logits: Callable[[Pass, torch.Tensor], None] | None = None
     """Gets the logits as the model made them, shape (rows, length, padded vocabulary)."""
+    before_token: Callable[[list[int]], None] | None = None
+    """Gets a text whose next token was chosen and is about to be booked; may raise."""
+    cuda_error: BaseException | None = None
+    """What is raised wherever one waits for the GPU."""
+    load_error: BaseException | None = None
+    """What is raised when half of a model is loaded."""
     free_bytes: int = 24 * _GIB
     _in_generator: threading.Lock = field(default_factory=threading.Lock)
 
@@ -88,7 +95,9 @@ class Ground:
         """Forget what was seen and stop making trouble."""
         for seen in (self.passes, self.violations, self.threads):
             seen.clear()
-        self.before_pass = self.change_logits = None
+        self.before_pass = self.change_logits = self.before_token = None
+        self.cuda_error = self.load_error = None
+        self.free_bytes = 24 * _GIB
 
     @property
     def steps(self) -> list[Pass]:
@@ -101,9 +110,13 @@ class Ground:
     def prompt_tokens_computed(self) -> int:
         return sum(one.length for one in self.passes if one.is_prompt and not one.is_of_draft_model)
 
+    @property
+    def generator(self) -> Any:
+        """The newest that is still held; to be looked at while it rests."""
+        return [made for reference in self.generators if (made := reference()) is not None][-1]
+
     def referenced_pages(self) -> int:
-        """Of the newest generator, while it rests."""
-        return len(self.generators[-1].referenced_pages)
+        return len(self.generator.referenced_pages)
 
     def next_logits(self, text: Sequence[int]) -> NDArray[np.float16]:
         """What the model says after a text, shape (vocabulary,)."""
@@ -160,8 +173,12 @@ def save_folder(folder: Path, *, disagrees_every: int = 0, **config: Any) -> Pat
 
 
 @contextmanager
-def laid_ground() -> Iterator[Ground]:
-    """The library, importable and changed for as long as this lasts."""
+def laid_ground(*, has_flash_attention: bool = True) -> Iterator[Ground]:
+    """The library, importable and changed for as long as this lasts.
+
+    Args:
+        has_flash_attention: without it, the library computes one text at a time, whose cache is no pages.
+    """
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_MODULE_LOADING", "LAZY")  # the import sets it
@@ -171,7 +188,8 @@ def laid_ground() -> Iterator[Ground]:
             patch.syspath_prepend(str(folder))
         if find_spec("exllamav2") is None:
             pytest.fail("exllamav2 is not unpacked; do that with `scripts/setup dev`.")
-        for module in _stub_modules():
+        for module in [_extension(), *(_flash_attention() if has_flash_attention else [])]:
+            module.__spec__ = ModuleSpec(module.__name__, None)
             patch.setitem(sys.modules, module.__name__, module)
         ground = Ground(None)
         _lay_cuda(patch, ground)
@@ -182,22 +200,31 @@ def laid_ground() -> Iterator[Ground]:
             yield ground
         finally:
             torch.set_num_threads(threads)
-            for name in [name for name in sys.modules if name.split(".")[0] == "exllamav2"]:
+            for name in [name for name in sys.modules if _holds_library(name)]:
                 del sys.modules[name]
 
 
-def _stub_modules() -> list[ModuleType]:
+def _holds_library(module: str) -> bool:
+    """Whether it is of the library, or is made of its classes."""
+    return module.split(".")[0] == "exllamav2" or module in (
+        "gallama.engines.exllamav2.library",
+        "gallama.engines.exllamav2.generator",
+    )
+
+
+def _extension() -> ModuleType:
     extension = ModuleType("exllamav2_ext")
     extension.count_match = _count_match  # type: ignore[attr-defined]
     extension.cache_rotate = _rotate_pages  # type: ignore[attr-defined]
+    return extension
+
+
+def _flash_attention() -> list[ModuleType]:
     flash_attn = ModuleType("flash_attn")
     flash_attn.__version__ = "2.8.3"  # type: ignore[attr-defined]
     for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
-        setattr(flash_attn, name, _flash_attention)
-    modules = [extension, flash_attn, ModuleType("flash_attn_2_cuda")]
-    for module in modules:
-        module.__spec__ = ModuleSpec(module.__name__, None)
-    return modules
+        setattr(flash_attn, name, _attend)
+    return [flash_attn, ModuleType("flash_attn_2_cuda")]
 
 
 def _count_match(cached: torch.Tensor, wanted: torch.Tensor, most: int) -> int:
@@ -216,12 +243,17 @@ def _rotate_pages(cache: torch.Tensor, order: torch.Tensor, buffer: torch.Tensor
     cache[pages[-1]] = first
 
 
-def _flash_attention(q: Any, k: Any, v: Any, window_size: Any = None, softcap: Any = None) -> Any:
+def _attend(q: Any, k: Any, v: Any, window_size: Any = None, softcap: Any = None) -> Any:
     raise AssertionError("the model of the tests has no attention")
 
 
 def _lay_cuda(patch: pytest.MonkeyPatch, ground: Ground) -> None:
     """One GPU, as far as one asks for it."""
+
+    def synchronize(device: Any = None) -> None:
+        if ground.cuda_error is not None:
+            raise ground.cuda_error
+
     properties = SimpleNamespace(major=9, minor=0, total_memory=24 * _GIB, name="GPU of the tests")
     answers = {
         "is_available": lambda: True,
@@ -231,7 +263,7 @@ def _lay_cuda(patch: pytest.MonkeyPatch, ground: Ground) -> None:
         "get_device_properties": lambda device=0: properties,
         "get_device_capability": lambda device=0: (9, 0),
         "get_device_name": lambda device=0: properties.name,
-        "synchronize": lambda device=None: None,
+        "synchronize": synchronize,
         "empty_cache": lambda: None,
     }
     for name, answer in answers.items():
@@ -248,6 +280,8 @@ def _lay_model(patch: pytest.MonkeyPatch, ground: Ground) -> None:
         for index, module in enumerate(self.modules):
             if callback is not None:
                 callback(index, len(self.modules))
+            if ground.load_error is not None and index == len(self.modules) // 2:
+                raise ground.load_error
             yield module
         if callback is not None:
             callback(len(self.modules), len(self.modules))
@@ -261,7 +295,7 @@ def _lay_model(patch: pytest.MonkeyPatch, ground: Ground) -> None:
         callback: Any = None,
         callback_gen: Any = None,
     ) -> Iterator[None]:
-        ground.loads.append({"how": "autosplit", "cache": cache, "reserve_vram": reserve_vram})
+        ground.loads.append({"how": "autosplit", "reserve_vram": reserve_vram})
         self.config.max_input_len = min(self.config.max_input_len, self.config.max_seq_len)
         reserved = reserve_vram[0] if isinstance(reserve_vram, list) else reserve_vram or 0
         with torch.inference_mode():
@@ -318,7 +352,7 @@ def _lay_model(patch: pytest.MonkeyPatch, ground: Ground) -> None:
         ), "seq_len exceeds max_output_len"
         _check_input(ground, self, input_ids)
         texts = _write_and_read(ground, config, input_ids, cache, attn_params)
-        is_draft = bool(ground.generators and self is ground.generators[-1].draft_model)
+        is_draft = any(self is getattr(made(), "draft_model", None) for made in ground.generators)
         this = Pass(
             tuple(tuple(text.tolist()) for text in texts),
             length,
@@ -355,7 +389,7 @@ def _lay_generator(patch: pytest.MonkeyPatch, ground: Ground) -> None:
     def watched_construct(self: Any, *args: Any, **kwargs: Any) -> None:
         _note_thread(ground)
         construct(self, *args, **kwargs)
-        ground.generators.append(self)
+        ground.generators.append(weakref.ref(self))
 
     @wraps(reset)
     def watched_reset(self: Any) -> None:
@@ -378,6 +412,15 @@ def _lay_generator(patch: pytest.MonkeyPatch, ground: Ground) -> None:
         _check_pages(ground, self)
         return results
 
+    receive_sample = dynamic.ExLlamaV2DynamicJob.receive_sample
+
+    @wraps(receive_sample)
+    def watched_receive_sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if ground.before_token is not None:
+            ground.before_token(self.sequences[0].sequence_ids.torch()[0].tolist())
+        return receive_sample(self, *args, **kwargs)
+
+    patch.setattr(dynamic.ExLlamaV2DynamicJob, "receive_sample", watched_receive_sample)
     patch.setattr(generator, "__init__", watched_construct)
     patch.setattr(generator, "reset_page_table", watched_reset)
     patch.setattr(generator, "iterate", watched_iterate)
