@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from gallama.catalog import resolve_model
 from gallama.catalog.memory_need import TORCH_PROCESS_BYTES, estimate_memory
 from gallama.catalog.model_files import quantization_of
-from gallama.config import ServerConfig
+from gallama.config import ServerConfig, parse_model_argument
 from gallama.errors import InvalidConfig
 
 
@@ -206,6 +206,21 @@ def test_a_draft_model_may_be_a_folder_that_the_models_engine_loads(folder: Path
         InvalidConfig, match=r"loaded by llama_cpp, which cannot load a folder of EXL3 weights"
     ):
         resolve_model({"model_id": str(gguf), "draft_model_id": str(folder)}, ServerConfig())
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "model_id={folder} backend=exLlama",
+        "model_id={folder} gpus=22,22,10,0",
+        "model_id={folder} cache_size=4096 cache_quant=Q6",
+        "model_id={folder} draft_model_id={folder} draft_gpus=10,10 draft_cache_size=4096 draft_cache_quant=Q4",
+    ],
+)
+def test_the_ways_in_which_users_of_exllama_start_a_model_lead_to_it(folder: Path, argument: str) -> None:
+    quantized(folder, "model.norm.weight", **EXL2)
+    values = parse_model_argument(argument.format(folder=folder))
+    assert resolve_model(values, ServerConfig()).spec.backend == "exllamav2"
 
 
 @pytest.mark.parametrize("values", [{"tp": True}, {"cache_quant": "Q6"}, {"speculative": "ngram"}])
