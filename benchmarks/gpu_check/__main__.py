@@ -99,7 +99,6 @@ def environment() -> dict[str, str]:
     variables = {
         "TORCH_EXTENSIONS_DIR": str(places.EXTENSIONS),
         "MAX_JOBS": str(os.cpu_count() or 1),
-        "EXLLAMA_EXT_LINEINFO": "0",
         "GALLAMA_HOME": str(places.STATE / "home"),
         "PYTHONUNBUFFERED": "1",
     }

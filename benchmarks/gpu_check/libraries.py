@@ -20,14 +20,14 @@ class ExLlamaV3Loop:
     def __init__(self, folder: Path, *, draft: bool, slots: int, cache_tokens: int) -> None:
         self.slots = slots
         self._library = library = import_module("exllamav3")
-        config = library.Config.from_directory(str(folder))
-        # The draft model is a copy of the model, and must be loaded first.
-        models = [library.Model.from_config(config) for _ in range(2 if draft else 1)]
+        configs = [library.Config.from_directory(str(folder)) for _ in range(2 if draft else 1)]
+        models = [library.Model.from_config(config) for config in configs]
         caches = [library.Cache(model, max_num_tokens=cache_tokens) for model in models]
+        # The draft model, which is a copy of the model, must be loaded first.
         for model in reversed(models):
-            model.load(progressbar=False)
+            model.load(progressbar=False, max_output_size=slots * (1 + DRAFT_TOKENS))
         self._models = models
-        self._tokenizer = library.Tokenizer.from_config(config)
+        self._tokenizer = library.Tokenizer.from_config(configs[0])
         drafting: dict[str, Any] = (
             {"draft_model": models[1], "draft_cache": caches[1], "num_draft_tokens": DRAFT_TOKENS}
             if draft

@@ -41,8 +41,6 @@ class Stage:
     """It is stopped after that."""
     needs: tuple[str, ...] = ()
     """Stages that must have held before."""
-    is_resumed: bool = False
-    """Stopped, it goes on the next time where it was."""
 
     @property
     def engine(self) -> str:

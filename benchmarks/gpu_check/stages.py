@@ -45,12 +45,12 @@ def stages() -> list[Stage]:
     for engine in ("v3", "v2"):
         build = f"{engine}.build"
         listed += [
-            Stage(build, 900, is_resumed=True),
+            Stage(build, 900),
             Stage(f"{engine}.conformance", 240, needs=(build,)),
             Stage(f"{engine}.checks", 180, needs=("models", build)),
             Stage(f"{engine}.speed", 480, needs=("models", build)),
         ]
-    return [*listed, Stage("v3.exl3", 560, needs=("models", "v3.build"), is_resumed=True)]
+    return [*listed, Stage("v3.exl3", 560, needs=("models", "v3.build"))]
 
 
 def run_stage(name: str, file: Path, seconds: float) -> None:
@@ -170,7 +170,7 @@ def check_that_a_process_leaves_nothing(findings: Findings, engine: str, folder:
         "import asyncio; from pathlib import Path;"
         " from benchmarks.gpu_check.stages import load_engine, memory;"
         f" engine = load_engine({engine!r}, Path({str(folder)!r}), max_seq_len=4096);"
-        " asyncio.run(engine.probe()); print(memory()['used_mb'])"
+        " asyncio.run(engine.probe()); print(memory()['used_mb']); asyncio.run(engine.close())"
     )
     before = memory()["used_mb"]
     done = subprocess.run([sys.executable, "-c", program], cwd=places.ROOT, stdout=subprocess.PIPE, text=True)
