@@ -214,7 +214,7 @@ def test_a_draft_model_may_be_a_folder_that_the_models_engine_loads(folder: Path
         "model_id={folder} backend=exLlama",
         "model_id={folder} gpus=22,22,10,0",
         "model_id={folder} cache_size=4096 cache_quant=Q6",
-        "model_id={folder} draft_model_id={folder} draft_gpus=10,10 draft_cache_size=4096 draft_cache_quant=Q4",
+        "model_id={folder} draft_model_id={folder} draft_gpus=10,10 draft_cache_quant=Q4",
     ],
 )
 def test_the_ways_in_which_users_of_exllama_start_a_model_lead_to_it(folder: Path, argument: str) -> None:
