@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from exllamav3 import Job
 from exllamav3.util.memory import free_mem
 
-from gallama.engines.exllamav3.options import MOST_ROWS, PAGE_TOKENS, ExLlamaV3Options
+from gallama.engines.exllamav3.options import MOST_ROWS, PAGE_TOKENS
 from gallama.engines.exllamav3.private import TextFilter, TextGenerator, cached_prompt_tokens
 from gallama.engines.exllamav3.sampling import ban, make_sampler
 from gallama.engines.generators.text import Text
+from gallama.engines.step_cost import StepCost
 from gallama.errors import ContextLengthExceeded, EngineFailed
 from gallama.generation import SamplingSettings, TokenLogprob, Vocabulary
 
@@ -58,8 +60,10 @@ class GeneratorOptions:
     """0: nothing is guessed by n-grams."""
     draft_tokens: int
     widest_draft: int
-    chunks: ExLlamaV3Options
-    """How prompts are cut."""
+    chunk_tokens: int
+    """Of a prompt in one step; whole pages, and more than one."""
+    step_seconds: float
+    """How long a step may take because of a prompt while others write."""
 
 
 class ExLlamaV3Generator:
@@ -77,7 +81,12 @@ class ExLlamaV3Generator:
         unused = _unused_tokens(vocabulary)
         self._all_tokens = _mask_without(unused, self._vocabulary_size)
         self._ban_unused = ban(unused)
+        self._cost = StepCost()
         self._texts: dict[Any, Text] = {}
+        self._read: dict[Any, int] = {}
+        """Tokens of its prompt that each job has computed."""
+        self._writers = 0
+        """Jobs that wrote in the step before."""
         self._without_room: Text | None = None
         self._generator = self._make_generator()
 
@@ -108,11 +117,14 @@ class ExLlamaV3Generator:
         self._forget(text.leg)
 
     def step(self) -> None:
+        self._generator.shared_chunk_size = self._chunk()
+        start = time.perf_counter()
         try:
             results = self._generator.iterate()
         except BaseException:
             self._generator.wait_for_masks()
             raise
+        self._learn_cost(results, time.perf_counter() - start)
         for job, guessed, accepted in self._generator.take_checked_guesses():
             self._texts[job].check_drafts(drafted=guessed, accepted=accepted)
         for result in results:
@@ -120,6 +132,8 @@ class ExLlamaV3Generator:
 
     def rebuild(self) -> None:
         self._texts.clear()
+        self._read.clear()
+        self._writers = 0
         self._without_room = None
         self._generator.close()
         free_mem()
@@ -157,9 +171,9 @@ class ExLlamaV3Generator:
             models.cache,
             models.tokenizer,
             max_batch_size=options.slots,
-            max_chunk_size=options.chunks.max_chunk_size,
-            shared_chunk_size=options.chunks.shared_chunk_size,
-            prefill_cooldown=options.chunks.prefill_cooldown,
+            max_chunk_size=options.chunk_tokens,
+            shared_chunk_size=self._chunk(),
+            prefill_cooldown=0,
             draft_model=models.draft_model,
             draft_cache=models.draft_cache,
             num_draft_tokens=options.draft_tokens or None,
@@ -187,6 +201,29 @@ class ExLlamaV3Generator:
             return_probs=request.logprobs is not None,
             return_top_tokens=request.logprobs or 0,
         )
+
+    def _chunk(self) -> int:
+        """Tokens of a prompt in a step while others write; whole pages.
+
+        Fewer than a chunk has, or the library would compute a chunk of each prompt in one step.
+        """
+        in_time = self._cost.tokens_within(self._options.step_seconds) // PAGE_TOKENS * PAGE_TOKENS
+        return min(max(in_time, PAGE_TOKENS), self._options.chunk_tokens - PAGE_TOKENS)
+
+    def _learn_cost(self, results: list[dict[str, Any]], seconds: float) -> None:
+        """Learn from a step with a prompt, if the one before was at its end when this one began."""
+        read = sum(self._read_more(result) for result in results if result["stage"] == "prefill")
+        writers = len({result["job"] for result in results if result["stage"] == "streaming"})
+        if read and writers and self._writers:
+            self._cost.record(read + writers, seconds)
+        self._writers = writers
+
+    def _read_more(self, result: dict[str, Any]) -> int:
+        """The tokens of a prompt that a step has computed."""
+        job = result["job"]
+        before = self._read.get(job, 0)
+        self._read[job] = result["curr_progress"] - cached_prompt_tokens(job, PAGE_TOKENS)
+        return max(0, self._read[job] - before)
 
     def _use(self, result: dict[str, Any]) -> None:
         """Tell a text what came of it, beside the tokens, which it has been told."""
@@ -222,6 +259,7 @@ class ExLlamaV3Generator:
 
     def _forget(self, job: Any) -> None:
         self._texts.pop(job, None)
+        self._read.pop(job, None)
         self._without_room = None
 
 

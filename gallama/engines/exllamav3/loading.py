@@ -105,7 +105,8 @@ class _Loading:
                 ngram_match_min=options.ngram_match_min if spec.speculation == "ngram" else 0,
                 draft_tokens=spec.most_draft_tokens,
                 widest_draft=widest,
-                chunks=options,
+                chunk_tokens=options.max_chunk_size,
+                step_seconds=options.prompt_step_ms / 1000,
             ),
         )
         generator.probe()

@@ -41,9 +41,8 @@ _Bits = Annotated[int, Field(ge=2, le=8)]
 class ExLlamaV3Options(BaseModel, extra="forbid", frozen=True):
     """The keys of `backend_extra_args`."""
 
-    max_chunk_size: int = Field(2048, ge=PAGE_TOKENS, le=65536, multiple_of=PAGE_TOKENS)
-    shared_chunk_size: int | None = Field(None, ge=PAGE_TOKENS, le=65536, multiple_of=PAGE_TOKENS)
-    prefill_cooldown: int = Field(1, ge=0, le=1000)
+    max_chunk_size: int = Field(2048, ge=2 * PAGE_TOKENS, le=65536, multiple_of=PAGE_TOKENS)
+    prompt_step_ms: int = Field(200, ge=1, le=60_000)
     cache_bits: Annotated[tuple[_Bits, _Bits] | None, BeforeValidator(_split_at_comma)] = None
     ngram_match_min: int = Field(3, ge=1, le=64)
     tp_backend: Literal["native", "nccl"] = "native"
@@ -68,12 +67,6 @@ def read_options(spec: ModelSpec) -> ExLlamaV3Options:
     """
     options = read_extra_arguments(ExLlamaV3Options, spec, backend="exllamav3")
     _refuse_unused(spec, options)
-    shared = options.shared_chunk_size
-    if shared is not None and shared > options.max_chunk_size:
-        raise InvalidConfig(
-            f"`backend_extra_args.shared_chunk_size` is {shared}, more than `max_chunk_size`"
-            f" ({options.max_chunk_size})."
-        )
     return options
 
 

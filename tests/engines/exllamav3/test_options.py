@@ -35,7 +35,7 @@ def test_a_key_that_is_not_known_is_refused_with_those_that_are() -> None:
     [
         ({"max_chunk_size": 300}, "max_chunk_size"),
         ({"max_chunk_size": 0}, "max_chunk_size"),
-        ({"max_chunk_size": 512, "shared_chunk_size": 1024}, "shared_chunk_size"),
+        ({"prompt_step_ms": 0}, "prompt_step_ms"),
         ({"cache_bits": "9,4"}, "cache_bits"),
         ({"cache_bits": [4]}, "cache_bits"),
         ({"tp_backend": "nccl"}, "tp_backend.*only"),
