@@ -166,12 +166,15 @@ def without_gpu() -> Iterator[Ground]:
         sys.modules.pop(name, None)
 
 
-def save_model(folder: Path, *, voice: int = 0, is_draft: bool = False, **config: Any) -> Path:
+def save_model(
+    folder: Path, *, voice: int = 0, is_draft: bool = False, is_recurrent: bool = False, **config: Any
+) -> Path:
     """Write a model's folder, of a Llama whose weights nobody reads.
 
     Args:
         voice: models of different voices say different things.
         is_draft: what it computes is not counted.
+        is_recurrent: it keeps a state of each text that cannot be taken back at will.
         config: over what config.json has here.
     """
     tokenizer = save_tiny_tokenizer(folder)
@@ -190,6 +193,7 @@ def save_model(folder: Path, *, voice: int = 0, is_draft: bool = False, **config
         "eos_token_id": 2,
         "voice": voice,
         "is_draft": is_draft,
+        "is_recurrent": is_recurrent,
     }
     (folder / "config.json").write_text(json.dumps({**shape, **config}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
@@ -237,6 +241,7 @@ def _stand_in(modules: dict[str, types.ModuleType]) -> None:
     model.forward = torch.inference_mode()(_forward)
     model.prefill = torch.inference_mode()(_prefill)
     model.unload = _watched(model.unload)
+    model.from_config = staticmethod(functools.partial(_make_model, model.from_config))
     for name in ("enqueue", "iterate", "cancel", "clear_queue", "close", "get_cache_stats"):
         setattr(generator.Generator, name, _watched(getattr(generator.Generator, name)))
     generator.Generator.__init__ = _strict(generator.Generator.__init__, _remember)
@@ -288,6 +293,54 @@ class _TorchWithoutPinnedMemory:
         return torch.zeros(*args, **kwargs)
 
 
+def _make_model(make: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
+    model = make(config, *args, **kwargs)
+    if config.config_dict["is_recurrent"]:
+        model.recurrent_state_cls = _Memory
+        model.caps.update(recurrent_states=True, default_recurrent_checkpoint_interval=PAGE)
+    return model
+
+
+class _Memory:
+    """What a recurrent model keeps of a text: here, all of its tokens."""
+
+    checkpoint_size = 1 << 20
+
+    def __init__(
+        self, cache: Any, slot: int, position: int, clear: bool = True, stashed: dict[str, Any] | None = None
+    ) -> None:
+        self.cache = cache
+        self.slot = slot
+        self.position = position
+        self.last_history = 0
+        self.token_ids: list[int] = [] if stashed is None else list(stashed["token_ids"])
+        assert len(self.token_ids) == position
+
+    def rewind(self, count: int) -> None:
+        """Take back tokens of the pass before, which were kept apart for that."""
+        if count > min(self.last_history, self.cache.max_history):
+            current().faults.append("a state was taken back further than it can be")
+        del self.token_ids[self.position - count :]
+        self.position -= count
+        self.last_history = 0
+
+    def rollback_capacity(self) -> int:
+        return 0
+
+    def stash(self) -> dict[str, Any]:
+        return {
+            "position": self.position,
+            "checkpoint_size": self.checkpoint_size,
+            "token_ids": list(self.token_ids),
+        }
+
+    def free(self) -> None:
+        self.cache.release_state(self)
+
+    def post_advance(self) -> None:
+        """Called after each pass."""
+
+
 class _Decorators(types.ModuleType):
     """triton, whose kernels are declared and never run."""
 
@@ -337,6 +390,7 @@ def _prefill(self: Any, input_ids: Any, params: dict[str, Any] | None = None) ->
             ground.before_prefill(input_ids[0].tolist())
         ground.tokens_read += input_ids.shape[-1]
     _write(self, input_ids, params)
+    _advance(self, input_ids, params)
 
 
 def _forward(self: Any, input_ids: Any, params: dict[str, Any] | None = None) -> Any:
@@ -351,6 +405,10 @@ def _forward(self: Any, input_ids: Any, params: dict[str, Any] | None = None) ->
     else:
         _write(self, input_ids, params)
         texts = _read(self, input_ids, params)
+        _advance(self, input_ids, params)
+        for text, state in zip(texts, params.get("recurrent_states") or (), strict=False):
+            if text != state.token_ids:
+                ground.faults.append("a state is that of another text")
         if not _is_draft(self):
             if ground.before_forward is not None:
                 ground.before_forward(texts)
@@ -404,6 +462,13 @@ def _read(model: Any, input_ids: Any, params: dict[str, Any]) -> list[list[int]]
             current().faults.append("a place of a page was read that nobody wrote for this text")
         texts.append(tokens.flatten()[:length].tolist())
     return texts
+
+
+def _advance(model: Any, input_ids: Any, params: dict[str, Any]) -> None:
+    for state, ids in zip(params.get("recurrent_states") or (), input_ids.tolist(), strict=False):
+        state.token_ids += ids
+    advance = sys.modules["exllamav3.cache.recurrent_util"].advance_recurrent_states
+    advance(input_ids, params, model)
 
 
 def _first_layer(cache: Any) -> Any:

@@ -162,16 +162,18 @@ class Extension(types.ModuleType):
 
         def __init__(self) -> None:
             self._length = 0
+            self._matched = 0
 
         def accept_tensor(self, tokens: Any) -> tuple[int, int]:
-            text = "".join(chr(token) for token in tokens.flatten().tolist())
-            if len(text) == self._length:
-                return -1, -1
-            self._length = len(text)
-            for start in range(1, len(text)):
-                place = text.find(text[start:], 0, len(text) - 1)
+            text = "".join(map(chr, tokens.flatten().tolist()))
+            added, self._length = len(text) - self._length, len(text)
+            # A match grows by what is added, at most.
+            for length in range(min(self._matched + added, len(text) - 1), 0, -1) if added else ():
+                place = text.find(text[-length:], 0, len(text) - 1)
                 if place >= 0:
-                    return place, place + len(text) - start
+                    self._matched = length
+                    return place, place + length
+            self._matched = 0
             return -1, -1
 
 

@@ -82,14 +82,38 @@ async def test_texts_wait_for_pages(ground: Ground, load: LoadEngine) -> None:
         assert answer.text == expect_endless(ground, engine, prompt)
 
 
-async def test_a_text_may_fill_the_context(ground: Ground, load: LoadEngine) -> None:
+async def test_long_texts_take_turns_where_pages_are_few(ground: Ground, load: LoadEngine) -> None:
+    """Each fills most of the cache; one whose leg is over may find its pages taken."""
     engine = load()
+    asked = [[n, 9, 9] for n in range(3, 7)]
+    answers = await asyncio.gather(
+        *(ask(engine, prompt, sampling=ENDLESS, max_tokens=700) for prompt in asked)
+    )
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert answer.text == expect_endless(ground, engine, prompt, 700)
+
+
+@pytest.mark.parametrize("settings", [{}, {"speculative": "ngram", "num_draft_tokens": 30}, {"draft": {}}])
+async def test_a_text_may_fill_the_context(
+    ground: Ground,
+    load: LoadEngine,
+    backend: LLGuidanceBackend,
+    tmp_path: Path,
+    settings: dict[str, Any],
+) -> None:
+    """What is drafted behind its last tokens has room, too."""
+    if "draft" in settings:
+        settings = {"draft_model_id": str(save_model(tmp_path, is_draft=True)), "num_draft_tokens": 20}
+    engine = load(**settings)
     assert engine.context_length == CONTEXT_LENGTH
-    for room in (1, 2, PAGE, PAGE + 1, CONTEXT_LENGTH - 1):
+    for room in (1, PAGE, PAGE + 1, CONTEXT_LENGTH - 1):
         prompt = [(11 * n) % 300 + 3 for n in range(CONTEXT_LENGTH - room)]
         answer = await ask(engine, prompt, max_tokens=room, sampling=ENDLESS)
         assert (answer.sampled, answer.end) == (room, "length")
         assert answer.text == expect_endless(ground, engine, prompt, room)
+        state = Observed(start_state(backend, "regex", "(a|b)(the old bridge ){400}"))
+        constrained = await ask(engine, prompt, max_tokens=room, state=state)
+        assert (len(state.taken), constrained.end) == (room, "length")
 
 
 async def test_an_answer_of_several_legs_is_the_same_as_of_one(
@@ -98,14 +122,14 @@ async def test_an_answer_of_several_legs_is_the_same_as_of_one(
     from gallama.engines.exllamav3 import generator
 
     prompts_in_company = [[n, 9, 9] for n in range(3, 9)]
-    expected = [expect_endless(ground, engine, prompt, 300) for prompt in prompts_in_company]
+    expected = [expect_endless(ground, engine, prompt, 150) for prompt in prompts_in_company]
     for tokens in (1, 100, 512):
         monkeypatch.setattr(generator, "LEG_TOKENS", tokens)
         answers = await asyncio.gather(
-            *(ask(engine, prompt, max_tokens=300, sampling=ENDLESS) for prompt in prompts_in_company)
+            *(ask(engine, prompt, max_tokens=150, sampling=ENDLESS) for prompt in prompts_in_company)
         )
         assert [answer.text for answer in answers] == expected
-        assert all(answer.sampled == 300 for answer in answers)
+        assert all(answer.sampled == 150 for answer in answers)
 
 
 async def test_an_answer_longer_than_a_leg_goes_on_to_its_limit(
@@ -455,6 +479,37 @@ async def test_a_draft_model_changes_the_steps_and_not_the_text(
     totals = engine.status()
     assert totals.drafted_tokens == alone.drafted + sum(answer.drafted for answer in answers)
     assert totals.accepted_draft_tokens == alone.accepted + sum(answer.accepted for answer in answers)
+
+
+@pytest.mark.parametrize("settings", [{}, {"speculative": "ngram"}])
+async def test_a_recurrent_model_s_states_are_those_of_their_texts(
+    ground: Ground,
+    load: LoadEngine,
+    backend: LLGuidanceBackend,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+) -> None:
+    """It goes on with a text in the middle from a state that was kept, also of another text."""
+    engine = load(save_model(tmp_path, is_recurrent=True), cache_size=8 * CONTEXT_LENGTH, **settings)
+    from gallama.engines.exllamav3 import generator
+
+    monkeypatch.setattr(generator, "_RECURRENT_LEG_TOKENS", PAGE)
+    asked = prompts(8, longest=2 * PAGE)
+    answers = await asyncio.gather(
+        *(ask(engine, prompt, sampling=ENDLESS, max_tokens=300) for prompt in asked),
+        *(
+            ask(engine, "Say it:", state=Observed(start_state(backend, "regex", LONG_RUN)), max_tokens=100)
+            for _ in range(3)
+        ),
+    )
+    for prompt, answer in zip(asked, answers[:8], strict=True):
+        assert answer.text == expect_endless(ground, engine, prompt, 300)
+        assert answer.sampled == 300
+    assert all(re.fullmatch(LONG_RUN, answer.text) for answer in answers[8:])
+    again = await ask(engine, max(asked, key=len), sampling=ENDLESS)
+    assert again.text == expect_endless(ground, engine, max(asked, key=len))
+    assert again.chunks[0].cached_prompt_tokens >= PAGE
 
 
 async def test_words_that_stood_there_before_are_guessed(ground: Ground, load: LoadEngine) -> None:

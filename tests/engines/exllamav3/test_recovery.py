@@ -19,6 +19,7 @@ from gallama.errors import EngineFailed, GallamaError, NotEnoughMemory, WorkerUn
 from gallama.generation import SamplingSettings
 from tests.engines.exllamav3.asking import (
     ENDLESS,
+    GREEDY,
     Failing,
     Observed,
     ask,
@@ -26,6 +27,7 @@ from tests.engines.exllamav3.asking import (
     prompts,
     request_for,
     start_state,
+    text_of,
     until_idle,
 )
 from tests.engines.exllamav3.conftest import LoadEngine
@@ -98,6 +100,21 @@ async def test_with_log_probabilities_each_token_is_still_told_once(
         assert len(answer.logprobs) == answer.sampled == 30
 
 
+@pytest.mark.parametrize("at", [2, 3, 4, 5])
+async def test_what_is_held_back_when_a_step_breaks_is_told_once(
+    ground: Ground, engine: GeneratorEngine, at: int
+) -> None:
+    """The library tells of tokens once characters are whole."""
+    pieces = [engine.vocabulary.tokens.index(bytes([byte])) for byte in "😀".encode()]
+    prompts_in_company = [[4, 5, 8], [4, 5, 9]]
+    ground.scripts = {tuple(each): [300, *pieces, 301, 2] for each in prompts_in_company}
+    ground.before_forward = Once(RuntimeError("a kernel broke"), at=at)
+    for answer in await ask_all(engine, prompts_in_company, logprobs=0, sampling=GREEDY):
+        assert [entry.token_id for entry in answer.logprobs] == [300, *pieces, 301]
+        assert answer.text == text_of(engine.vocabulary, [300, *pieces, 301])
+        assert (answer.sampled, answer.end) == (6, "stop")
+
+
 async def test_a_text_that_breaks_every_step_ends_alone(ground: Ground, engine: GeneratorEngine) -> None:
     asked = [[token % POISON for token in prompt] for prompt in prompts(6, longest=40)]
     biased = SamplingSettings(temperature=0, logit_bias={0: -1000, 2: -1000, POISON: -1000})
@@ -168,7 +185,7 @@ async def test_a_grammar_that_breaks_fails_its_text_alone(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"speculative": "ngram"}, {"backend_extra_args": {"prefill_cooldown": 0}}]
+    "settings", [{"speculative": "ngram"}, {"backend_extra_args": {"prompt_step_ms": 1}}]
 )
 async def test_texts_go_on_after_a_broken_step_whatever_is_set(
     ground: Ground, load: LoadEngine, settings: dict[str, Any]
@@ -206,6 +223,23 @@ async def test_leaving_does_not_touch_the_others(ground: Ground, engine: Generat
                     break
     for prompt, task in zip(asked, staying, strict=True):
         assert (await task).text == expect_endless(ground, engine, prompt, 80)
+    assert await is_as_new(ground, engine)
+
+
+async def test_leaving_does_not_touch_who_shares_pages(ground: Ground, engine: GeneratorEngine) -> None:
+    rng = random.Random(2)
+    common = [(23 * n) % 350 + 3 for n in range(2 * PAGE)]
+    asked = [[*common[: rng.choice([PAGE, PAGE + 9, 2 * PAGE])], n + 3, 7] for n in range(24)]
+    tasks = [asyncio.create_task(ask(engine, each, sampling=ENDLESS, max_tokens=60)) for each in asked]
+    leaving = rng.sample(range(24), 12)
+    for number in leaving:
+        await asyncio.sleep(0.004)
+        tasks[number].cancel()
+    for number, task in enumerate(tasks):
+        if number in leaving:
+            await asyncio.gather(task, return_exceptions=True)
+        else:
+            assert (await task).text == expect_endless(ground, engine, asked[number], 60)
     assert await is_as_new(ground, engine)
 
 
