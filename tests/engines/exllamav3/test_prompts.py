@@ -18,7 +18,7 @@ MOST_TOKENS = 768
 async def pieces_beside_a_writer(ground: Ground, engine: GeneratorEngine, prompts: int) -> list[int]:
     """How prompts are cut that come while another text is written."""
     loop, begun = asyncio.get_running_loop(), asyncio.Event()
-    ground.before_forward = lambda _: loop.call_soon_threadsafe(begun.set)
+    ground.before_forward = lambda _: _wake(loop, begun)
     writer = asyncio.create_task(ask(engine, [4, 5], sampling=ENDLESS, max_tokens=900))
     await begun.wait()
     pieces: list[int] = []
@@ -28,6 +28,10 @@ async def pieces_beside_a_writer(ground: Ground, engine: GeneratorEngine, prompt
     assert not writer.done()
     writer.cancel()
     return pieces
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    loop.call_soon_threadsafe(event.set)
 
 
 @pytest.mark.parametrize(("milliseconds", "longest"), [(1, 256), (60_000, MOST_TOKENS - 256)])
