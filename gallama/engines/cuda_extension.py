@@ -84,14 +84,23 @@ def _choose_folder() -> Path:
 
 def _prepare_compilation(torch: Any) -> None:
     """Say for what to compile, with how many processes, and where ninja is; what is set already counts."""
-    # torch runs ninja by its name, and nobody may have activated this environment.
-    os.environ["PATH"] = os.pathsep.join((str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)))
+    places = map(str, _program_folders())
+    os.environ["PATH"] = os.pathsep.join((*places, os.environ.get("PATH", os.defpath)))
     gigabytes = psutil.virtual_memory().available // 2**30
     os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, gigabytes // _GIGABYTES_OF_NVCC))))
     # Left alone, a library compiles for the GPUs that this process may see, and anew for who sees others.
     wanted = architectures(_capabilities(), torch.cuda.get_arch_list()) if torch.version.cuda else ""
     if wanted:
         os.environ.setdefault(_ARCHITECTURES, wanted)
+
+
+def _program_folders() -> Iterator[Path]:
+    """Where ninja may be, which torch runs by its name though nobody has activated this environment."""
+    yield Path(sys.prefix) / "bin"
+    package = find_spec("ninja")
+    if package is not None and package.origin is not None:
+        # Where pip was told to install into a folder, programs are beside the packages.
+        yield Path(package.origin).parents[1] / "bin"
 
 
 def architectures(capabilities: Iterable[tuple[int, int]], supported: Iterable[str]) -> str:

@@ -127,11 +127,17 @@ class TestWithAGpu:
         return name
 
     def test_a_library_finds_its_compiler_and_no_lock(self, tmp_path: Path) -> None:
+        (tmp_path / "ninja").mkdir()
+        (tmp_path / "ninja" / "__init__.py").touch()
         lock = tmp_path / "extensions" / "finding_ext" / "lock"
         lock.parent.mkdir(parents=True)
         lock.touch()
         import_with_extension(self.write(tmp_path, "finding", "import os\npath = os.environ['PATH']\n"))
-        assert sys.modules["finding"].path.split(":") == [f"{sys.prefix}/bin", "/usr/bin"]
+        assert sys.modules["finding"].path.split(":") == [
+            f"{sys.prefix}/bin",
+            f"{tmp_path}/bin",
+            "/usr/bin",
+        ]
         assert not lock.exists()
 
     def test_why_it_cannot_be_compiled_is_told_in_a_line(self, tmp_path: Path) -> None:
