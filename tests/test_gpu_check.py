@@ -20,7 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from benchmarks.gpu_check import extension, models, places, speed, wheels
-from benchmarks.gpu_check.__main__ import bring_back, main, select, take_back
+from benchmarks.gpu_check.__main__ import bring_back, main, nvcc, select, take_back
 from benchmarks.gpu_check.checks import check_broken_step, check_cancelling, check_load
 from benchmarks.gpu_check.findings import Findings, read_findings
 from benchmarks.gpu_check.libraries import LOOPS, break_a_step, break_next_call
@@ -144,6 +144,17 @@ class TestExtensions:
         file = tmp_path / "built.so"
         file.write_bytes(bytes(range(256)) * 40)
         assert extension.split_in_parts(file, tmp_path / "parts", "name", part_bytes=10) == []
+
+    def test_that_are_being_compiled_are_counted(self, tmp_path: Path, findings: Findings) -> None:
+        (tmp_path / "build.ninja").write_text(
+            "rule compile\n\nbuild a.o: compile a.cpp\nbuild b.cuda.o: c b.cu\n"
+        )
+        (tmp_path / "a.o").touch()
+        with extension.telling(findings, tmp_path, every_seconds=0.001):
+            deadline = time.monotonic() + 10
+            while "compiled" not in found(findings) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert found(findings)["compiled"] == "1 of 2 files"
 
 
 class TestModels:
@@ -272,6 +283,19 @@ class TestSummary:
         assert json.loads((tmp_path / "results" / "results.json").read_text()) == {
             "v3.speed": {"status": "held"}
         }
+
+
+class TestVersions:
+    def test_of_what_is_not_there_are_told_as_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", "")
+        assert nvcc() is None
+
+    def test_of_the_compiler_are_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        program = tmp_path / "nvcc"
+        program.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+        assert nvcc() == "13.0.88"
 
 
 class TestCommandLine:

@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -125,7 +127,23 @@ def gpu() -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     packages = ("torch", "triton", "exllamav2", "exllamav3", "llguidance", "transformers", "flash-attn")
-    return {"python": platform.python_version(), **gpu(), **{name: _version(name) for name in packages}}
+    return {
+        "python": platform.python_version(),
+        "processor_cores": os.cpu_count(),
+        "nvcc": nvcc(),
+        **gpu(),
+        **{name: _version(name) for name in packages},
+    }
+
+
+def nvcc() -> str | None:
+    """Its version; None where it is not found by its name."""
+    program = shutil.which("nvcc")
+    if program is None:
+        return None
+    told = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release [\d.]+, V([\d.]+)", told)
+    return found[1] if found else told[-100:]
 
 
 def _version(package: str) -> str | None:

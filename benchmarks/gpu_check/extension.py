@@ -10,7 +10,10 @@ import lzma
 import re
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -44,7 +47,8 @@ def build(findings: Findings, engine: str) -> None:
     if not file.exists():
         findings.figure("restored", join_parts(parts(places.BACK, library, tag), file))
     started = time.monotonic()
-    extension = import_library(library)
+    with telling(findings, places.EXTENSIONS / library.extension):
+        extension = import_library(library)
     findings.figure("import_seconds", round(time.monotonic() - started, 1))
     found = Path(extension.__file__)
     findings.check("the extension can be imported", found.exists(), file=found.name)
@@ -60,6 +64,32 @@ def import_library(library: Library) -> Any:
 
     import_with_extension(library.name)
     return getattr(import_module(f"{library.name}.ext"), library.extension)
+
+
+@contextmanager
+def telling(findings: Findings, folder: Path, every_seconds: float = 15) -> Iterator[None]:
+    """Keep telling how many files are compiled: when it is stopped, that says how long the rest takes."""
+    is_over = threading.Event()
+
+    def tell() -> None:
+        while not is_over.wait(every_seconds):
+            if folder.exists():
+                findings.figure("compiled", compiled(folder))
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def compiled(folder: Path) -> str:
+    """As in "12 of 194 files"."""
+    plan = folder / "build.ninja"
+    objects = re.findall(r"^build \S+\.o:", plan.read_text(), re.MULTILINE) if plan.exists() else []
+    return f"{len(list(folder.glob('*.o')))} of {len(objects)} files"
 
 
 def built_for() -> str:
