@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from tests.engines.exllamav2.ground import (
@@ -16,23 +14,9 @@ from tests.engines.exllamav2.ground import (
     PADDED_BY,
     PAGE,
     Ground,
-    laid_ground,
     save_folder,
     vocabulary_size,
 )
-
-
-@pytest.fixture(scope="module")
-def laid() -> Iterator[Ground]:
-    with laid_ground() as ground:
-        yield ground
-
-
-@pytest.fixture
-def ground(laid: Ground) -> Iterator[Ground]:
-    laid.reset()
-    yield laid
-    assert laid.violations == []
 
 
 def build(

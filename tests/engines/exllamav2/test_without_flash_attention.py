@@ -1,0 +1,109 @@
+"""Without flash-attn the library computes one text at a time, and keeps the last one only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gallama.errors import GallamaError
+from gallama.generation import Engine
+from tests.engines.exllamav2.asking import (
+    NOISE,
+    POISON,
+    Observed,
+    Pause,
+    Start,
+    expected,
+    generate,
+    generate_all,
+    is_poisoned,
+    is_step,
+    loaded,
+    make_prompts,
+    raising,
+    until_idle,
+    written,
+)
+from tests.engines.exllamav2.ground import CONTEXT_LENGTH, PAGE, Ground, laid_ground
+
+
+@pytest.fixture(scope="module")
+def laid() -> Iterator[Ground]:
+    with laid_ground(has_flash_attention=False) as ground:
+        yield ground
+
+
+async def test_texts_are_answered_one_after_the_other(ground: Ground, engine: Engine) -> None:
+    prompts = make_prompts(6)
+    answers = await generate_all(engine, prompts, max_tokens=40)
+    assert [answer.text for answer in answers] == expected(ground, engine, prompts, 40)
+    assert {len(one.texts) for one in ground.steps} == {1}
+    await until_idle(engine)
+    assert ground.referenced_pages() == 0
+
+
+async def test_a_text_may_fill_the_context(ground: Ground, engine: Engine) -> None:
+    prompt = make_prompts(1, longest=40)[0]
+    count = CONTEXT_LENGTH - len(prompt)
+    answer = await generate(engine, prompt, max_tokens=count)
+    assert answer.text == written(engine, ground.greedy(prompt, count))
+    assert (answer.sampled, answer.end) == (count, "length")
+
+
+async def test_the_next_turn_goes_on_where_the_last_one_ended(ground: Ground, engine: Engine) -> None:
+    prompt = make_prompts(1)[0]
+    await generate(engine, prompt, max_tokens=20)
+    turn = [*prompt, *ground.greedy(prompt, 20), 9, 10]
+    ground.passes.clear()
+    answer = await generate(engine, turn, max_tokens=10)
+    assert answer.text == written(engine, ground.greedy(turn, 10))
+    assert answer.cached >= len(prompt)
+    assert answer.cached == len(turn) - 1 - ground.prompt_tokens_computed
+
+
+@pytest.mark.parametrize("drafts_by", ["model", "ngram"])
+async def test_drafts_change_nothing(
+    ground: Ground, folder: Path, draft_folder: Path, drafts_by: str
+) -> None:
+    by_model = {"draft_model_id": str(draft_folder)}
+    settings: dict[str, Any] = by_model if drafts_by == "model" else {"speculative": "ngram"}
+    prompts = make_prompts(3)
+    async with loaded(ground, folder, **settings) as engine:
+        answers = await generate_all(engine, prompts, max_tokens=60)
+        assert [answer.text for answer in answers] == expected(ground, engine, prompts, 60)
+
+
+async def test_a_grammar_holds(engine: Engine, start: Start) -> None:
+    state = Observed(start("regex", "(a|b)FIXED IN THE MIDDLE[a-z]{20}"))
+    answer = await generate(engine, [5, 6], max_tokens=100, state=state, sampling=NOISE)
+    assert answer.text == written(engine, state.taken)
+    assert answer.end == "stop"
+
+
+async def test_what_breaks_leaves_the_others_alone(ground: Ground, engine: Engine) -> None:
+    prompts = make_prompts(3)
+    ground.before_pass = raising(
+        RuntimeError("a kernel broke"), lambda one: is_step(one) and is_poisoned(one.texts[0]), times=1000
+    )
+    others = asyncio.create_task(generate_all(engine, prompts))
+    with pytest.raises(GallamaError):
+        await generate(engine, [*POISON, 8, 9])
+    assert [answer.text for answer in await others] == expected(ground, engine, prompts, 30)
+
+
+async def test_an_answer_that_nobody_reads_makes_room(ground: Ground, folder: Path) -> None:
+    async with loaded(ground, folder, backend_extra_args={"max_chunk_size": PAGE}) as engine:
+        for is_meant in (is_step, lambda one: one.is_prompt):
+            pause = Pause(ground, is_meant)
+            task = asyncio.create_task(generate(engine, [7] * 900, max_tokens=100))
+            await pause.reached()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            pause.end()
+            prompts = make_prompts(2)
+            answers = await generate_all(engine, prompts)
+            assert [answer.text for answer in answers] == expected(ground, engine, prompts, 30)
