@@ -94,7 +94,9 @@ class TextGenerator(Generator):  # type: ignore[misc]
         self._vocabulary_size = vocabulary_size
         self._guesses: dict[Any, _Guess] = {}
         self._read_by_draft_model: dict[Any, int] = {}
-        """Up to where the draft model's cache is that of a job's text."""
+        """Up to where the draft model's cache is that of a job's text; all of it, where nothing is noted."""
+        follows_otherwise = self.draft_recurrent or self.mtp_draft or self.dflash_draft
+        self._draft_model_has_cache = self.draft_model is not None and not follows_otherwise
 
     def has_room(self) -> bool:
         """Whether all jobs that were enqueued can start now, with the pages that they claim."""
@@ -131,18 +133,18 @@ class TextGenerator(Generator):  # type: ignore[misc]
             guesses = draft_tokens[: len(jobs)].clamp(max=self._vocabulary_size - 1).tolist()
         drafts = [self._draft(job, guess, H) for job, guess in zip(jobs, guesses, strict=True)]
         rows = lay_out(drafts, width=width, most=H)
+        if self._draft_model_has_cache:
+            self._note_read(jobs, guesses, rows)
         if not rows:
             return None
         self._note_guesses(jobs, drafts, len(rows[0]))
-        if draft_tokens is not None:
-            self._note_read(jobs, guesses, rows)
         self._draft_conf_round = None
         return torch.tensor(rows, dtype=torch.long)
 
     def iterate_draftmodel_gen(self, results: list[Any], window: int) -> torch.Tensor | None:
-        """Called to draft with a model that has a cache like the model's own."""
+        """Called to draft with a model that reads texts by itself. First it catches up with them."""
         for job, start in self._read_by_draft_model.items():
-            if job in self.active_jobs and not self.draft_recurrent:
+            if job in self.active_jobs:
                 self._read_again(job.sequences[0], start)
         self._read_by_draft_model.clear()
         drafts: torch.Tensor | None = super().iterate_draftmodel_gen(results, window)
@@ -164,10 +166,13 @@ class TextGenerator(Generator):  # type: ignore[misc]
     def _note_read(
         self, jobs: Sequence[Any], guesses: Sequence[list[int]], rows: Sequence[list[int]]
     ) -> None:
-        """Note what the draft model has read of each row, should it be taken: what comes before it, too."""
-        for job, guess, row in zip(jobs, guesses, rows, strict=True):
-            read = 1 + common_prefix(guess, row)
-            self._read_by_draft_model[job] = job.sequences[0].kv_position + read
+        """Note up to where the draft model will have read each text, should all of its row be taken."""
+        before, self._read_by_draft_model = self._read_by_draft_model, {}
+        for place, job in enumerate(jobs):
+            read: int = job.sequences[0].kv_position
+            if guesses[place]:  # it has read the last token, too
+                read += 1 + common_prefix(guesses[place], rows[place])
+            self._read_by_draft_model[job] = min(read, before.get(job, read))
 
     def _read_again(self, sequence: Any, start: int) -> None:
         """Let the draft model read what was taken in place of its guesses."""

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from gallama.constraints import LLGuidanceBackend
-from tests.engines.exllamav3.asking import ENDLESS, ask, start_state
+from tests.engines.exllamav3.asking import ENDLESS, ask, expect_endless, start_state
 from tests.engines.exllamav3.conftest import LoadEngine
 from tests.engines.exllamav3.ground import Ground, save_model
 
@@ -42,3 +42,14 @@ async def test_a_text_of_which_nothing_is_guessed_takes_no_guesses_from_others(
         ask(engine, [9, 8, 7], sampling=ENDLESS, max_tokens=100),
     )
     assert repeated.accepted > 0.8 * (len(known) - 8)
+
+
+async def test_a_draft_model_catches_up_with_what_was_written_in_too_large_a_company(
+    ground: Ground, load: LoadEngine, tmp_path: Path
+) -> None:
+    draft = save_model(tmp_path, is_draft=True)  # it says what the model says
+    engine = load(max_concurrent_requests=40, cache_size=40 * 512, draft_model_id=str(draft))
+    short = [ask(engine, [5 + n, 7], sampling=ENDLESS, max_tokens=20) for n in range(39)]
+    last, *_ = await asyncio.gather(ask(engine, [4, 4], sampling=ENDLESS, max_tokens=150), *short)
+    assert last.text == expect_endless(ground, engine, [4, 4], 150)
+    assert last.accepted > 60
