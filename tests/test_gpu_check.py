@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -419,23 +419,24 @@ def test_a_call_breaks_once() -> None:
 class Ground:
     engine: str
     folder: Path
+    slots: int
 
 
 @contextmanager
-def _ground_of_v2(folder: Path) -> Iterator[Path]:
+def _ground_of_v2(folder: Path, *, has_flash_attention: bool) -> Iterator[Ground]:
     from tests.engines.exllamav2.ground import laid_ground, save_folder
 
-    with laid_ground():
+    with laid_ground(has_flash_attention=has_flash_attention):
         sys.modules["exllamav2_ext"].sample_basic = _take_the_likeliest  # type: ignore[attr-defined]
-        yield save_folder(folder)
+        yield Ground("v2", save_folder(folder), slots=3 if has_flash_attention else 1)
 
 
 @contextmanager
-def _ground_of_v3(folder: Path) -> Iterator[Path]:
+def _ground_of_v3(folder: Path) -> Iterator[Ground]:
     from tests.engines.exllamav3.ground import save_model, without_gpu
 
     with without_gpu():
-        yield save_model(folder)
+        yield Ground("v3", save_model(folder), slots=3)
 
 
 def _take_the_likeliest(logits: Any, *arguments: Any) -> list[float]:
@@ -445,12 +446,18 @@ def _take_the_likeliest(logits: Any, *arguments: Any) -> list[float]:
     return []
 
 
-@pytest.fixture(scope="module", params=["v2", "v3"])
+GROUNDS: dict[str, Callable[[Path], AbstractContextManager[Ground]]] = {
+    "v2": partial(_ground_of_v2, has_flash_attention=True),
+    "v2 without flash-attn": partial(_ground_of_v2, has_flash_attention=False),
+    "v3": _ground_of_v3,
+}
+
+
+@pytest.fixture(scope="module", params=list(GROUNDS))
 def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     pytest.importorskip("torch")
-    laid = {"v2": _ground_of_v2, "v3": _ground_of_v3}[request.param]
-    with laid(tmp_path_factory.mktemp("model")) as folder:
-        yield Ground(request.param, folder)
+    with GROUNDS[request.param](tmp_path_factory.mktemp("model")) as ground:
+        yield ground
 
 
 @pytest.fixture
@@ -469,8 +476,10 @@ class TestOverTheLibrariesOwnGenerators:
         assert (check["held"], check["requests"]) == (True, 9)
         assert check["sampled_tokens"] > 0
 
-    async def test_cancelling_frees_slots_and_pages(self, engine: Engine, findings: Findings) -> None:
-        await check_cancelling(findings, engine, slots=3)
+    async def test_cancelling_frees_slots_and_pages(
+        self, ground: Ground, engine: Engine, findings: Findings
+    ) -> None:
+        await check_cancelling(findings, engine, slots=ground.slots)
         checks = found(findings)["checks"]
         assert checks["a cancelled answer frees its slot within three steps"]["steps"] >= 0
         assert checks["all pages are free afterwards"]["held"]
@@ -478,7 +487,7 @@ class TestOverTheLibrariesOwnGenerators:
     async def test_answers_outlive_a_broken_step(
         self, ground: Ground, engine: Engine, findings: Findings, caplog: pytest.LogCaptureFixture
     ) -> None:
-        await check_broken_step(findings, engine, partial(break_a_step, ground.engine), slots=3)
+        await check_broken_step(findings, engine, partial(break_a_step, ground.engine), slots=ground.slots)
         assert [check["held"] for check in found(findings)["checks"].values()] == [True, True]
         assert any("broke" in record.message for record in caplog.records)
 
