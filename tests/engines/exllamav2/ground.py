@@ -87,14 +87,15 @@ class Ground:
     cuda_error: BaseException | None = None
     """What is raised wherever one waits for the GPU."""
     load_error: BaseException | None = None
-    """What is raised when half of a model is loaded."""
+    """What is raised when half of the model is loaded, which is loaded behind any draft model."""
     free_bytes: int = 24 * _GIB
     _in_generator: threading.Lock = field(default_factory=threading.Lock)
 
     def reset(self) -> None:
         """Forget what was seen and stop making trouble."""
-        for seen in (self.passes, self.violations, self.threads):
+        for seen in (self.passes, self.violations, self.threads, self.loads):
             seen.clear()
+        self.unloads = 0
         self.before_pass = self.change_logits = self.before_token = None
         self.cuda_error = self.load_error = None
         self.free_bytes = 24 * _GIB
@@ -280,7 +281,8 @@ def _lay_model(patch: pytest.MonkeyPatch, ground: Ground) -> None:
         for index, module in enumerate(self.modules):
             if callback is not None:
                 callback(index, len(self.modules))
-            if ground.load_error is not None and index == len(self.modules) // 2:
+            is_half_way = index == len(self.modules) // 2 and not _disagreement(self.config)
+            if ground.load_error is not None and is_half_way:
                 raise ground.load_error
             yield module
         if callback is not None:
@@ -365,8 +367,7 @@ def _lay_model(patch: pytest.MonkeyPatch, ground: Ground) -> None:
             ground.before_pass(this)
         if preprocess_only:
             return {}
-        disagrees_every = json.loads(Path(config.model_dir, "config.json").read_text())["disagrees_every"]
-        logits = _padded_logits(texts, length, config.vocab_size, disagrees_every)
+        logits = _padded_logits(texts, length, config.vocab_size, _disagreement(config))
         if last_id_only:
             logits = logits[:, -1:]
         if ground.change_logits is not None:
@@ -377,6 +378,11 @@ def _lay_model(patch: pytest.MonkeyPatch, ground: Ground) -> None:
     patch.setattr(model, "load_gen", load_gen)
     patch.setattr(model, "unload", unload)
     patch.setattr(model, "forward_chunk", torch.inference_mode()(forward_chunk))
+
+
+def _disagreement(config: Any) -> int:
+    """What `save_folder` was told; 0 for what is no draft model."""
+    return int(json.loads(Path(config.model_dir, "config.json").read_text())["disagrees_every"])
 
 
 def _lay_generator(patch: pytest.MonkeyPatch, ground: Ground) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from gallama.engines import ENGINES
 from gallama.errors import GallamaError, NotEnoughMemory, WorkerUnavailable
 from gallama.generation import Engine, SamplingSettings
 from tests.engines.exllamav2.asking import (
@@ -36,7 +35,6 @@ from tests.engines.exllamav2.asking import (
     loaded,
     make_prompts,
     raising,
-    spec_for,
     until_idle,
     written,
 )
@@ -310,12 +308,11 @@ async def test_closing_ends_the_answers_under_way_in_an_error(ground: Ground, fo
 
 
 async def test_closing_gives_all_memory_back(ground: Ground, folder: Path, draft_folder: Path) -> None:
-    unloads = ground.unloads
     before = set(threading.enumerate())
     async with loaded(ground, folder, draft_model_id=str(draft_folder)) as engine:
         await generate_all(engine, make_prompts(5))
         generator, cache = ground.generators[-1], weakref.ref(ground.generator.cache)
-    assert ground.unloads == unloads + 2
+    assert ground.unloads == 2
     gc.collect()
     assert generator() is None
     assert cache() is None
@@ -345,30 +342,18 @@ async def test_a_model_that_does_not_fit_is_told_as_such_and_leaves_nothing_behi
 
 
 async def test_a_model_that_computes_no_numbers_is_not_served(ground: Ground, folder: Path) -> None:
-    unloads = ground.unloads
     ground.change_logits = lambda _, logits: logits.fill_(math.nan)
     with pytest.raises(GallamaError):
         async with loaded(ground, folder):
             pass
-    assert ground.unloads == unloads + 1
+    assert ground.unloads == 1
 
 
 async def test_a_load_that_breaks_half_way_gives_back_what_it_took(
     ground: Ground, folder: Path, draft_folder: Path
 ) -> None:
-    unloads = ground.unloads
     ground.load_error = torch.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(NotEnoughMemory):
         async with loaded(ground, folder, draft_model_id=str(draft_folder)):
             pass
-    assert ground.unloads > unloads
-
-
-async def test_progress_is_told_up_to_the_end(ground: Ground, folder: Path, draft_folder: Path) -> None:
-    told: list[float] = []
-    spec = spec_for(folder, draft_model_id=str(draft_folder))
-    engine = ENGINES["exllamav2"](spec, folder, told.append)
-    await engine.close()
-    assert told == sorted(told)
-    assert len(told) > 4
-    assert 0.9 <= told[-1] <= 1
+    assert ground.unloads == 2
