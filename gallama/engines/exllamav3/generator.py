@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from exllamav3 import Job
-from exllamav3.util.memory import free_mem
 
 from gallama.engines.exllamav3.options import MOST_ROWS, PAGE_TOKENS
 from gallama.engines.exllamav3.private import TextFilter, TextGenerator, cached_prompt_tokens
@@ -117,7 +117,7 @@ class ExLlamaV3Generator:
         self._forget(text.leg)
 
     def step(self) -> None:
-        self._generator.shared_chunk_size = self._chunk()
+        self._generator.read_beside_writers(self._chunk())
         start = time.perf_counter()
         try:
             results = self._generator.iterate()
@@ -136,7 +136,7 @@ class ExLlamaV3Generator:
         self._writers = 0
         self._without_room = None
         self._generator.close()
-        free_mem()
+        _free_unused_memory()
         self._generator = self._make_generator()
 
     def probe(self) -> None:
@@ -162,7 +162,7 @@ class ExLlamaV3Generator:
         self._models.model.unload()
         # The library's generator and page table refer to each other.
         del self._generator, self._models
-        free_mem()
+        _free_unused_memory()
 
     def _make_generator(self) -> TextGenerator:
         models, options = self._models, self._options
@@ -295,6 +295,11 @@ def _mask_without(token_ids: list[int], vocabulary_size: int) -> torch.Tensor:
     allowed[:vocabulary_size] = True
     allowed[token_ids] = False
     return torch.from_numpy(np.packbits(allowed, bitorder="little").view(np.int32))[None]
+
+
+def _free_unused_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _logarithms(probabilities: torch.Tensor) -> torch.Tensor:

@@ -104,6 +104,10 @@ class TextGenerator(Generator):  # type: ignore[misc]
         is_room: bool = pages <= self.pagetable.num_unreferenced_pages()
         return is_room and self.num_remaining_jobs() <= self.max_batch_size
 
+    def read_beside_writers(self, tokens: int) -> None:
+        """Set how much of a prompt is read in a step while others write; whole pages."""
+        self.shared_chunk_size = tokens
+
     def wait_for_masks(self) -> None:
         """After a step that broke: masks may still be computed, of texts that go on."""
         self.filter_pool.shutdown(wait=True)
