@@ -126,6 +126,7 @@ def test_top_k_and_top_p_find_the_same_tokens_in_a_large_vocabulary() -> None:
         logits = numbers.normal(0, spread, size).astype(np.float32)
         expected = expected_shares(settings, logits, None, [0], prompt_length=1)
         places = make(settings, size=size)._kept_places(logits - logits.max())
+        assert places is not None
         # float32 sums of so many numbers are not exact: at the limit a token in a thousand may be another.
         assert abs(len(places) - np.count_nonzero(expected)) <= 1e-3 * len(places) + 1
         assert set(np.argsort(-logits)[: len(places)]) == set(places.tolist())
