@@ -207,6 +207,35 @@ async def test_a_grammar_holds_on_noise(
             assert text_of(engine.vocabulary, state.taken) == answer.text
 
 
+async def test_a_grammar_holds_whatever_else_is_set(
+    engine: GeneratorEngine, backend: LLGuidanceBackend
+) -> None:
+    """It comes first: what it allows may be unlikely, unwanted and penalized."""
+    unwanted = {token: -100.0 for letter in "0123456789-" for token in engine.tokenize(letter)}
+    settings: list[dict[str, Any]] = [
+        {"top_k": 1},
+        {"top_p": 0.01, "temperature": 0.1},
+        {"min_p": 0.9, "temperature": 100.0},
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0, "repetition_penalty": 5.0},
+        {"logit_bias": unwanted},
+        {"logit_bias": unwanted, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "frequency_penalty": -2.0},
+    ]
+    answers = await asyncio.gather(
+        *(
+            ask(
+                engine,
+                "0123456789-",
+                max_tokens=100,
+                state=Observed(start_state(backend, "regex", "[0-9]{2}(-[0-9]{4}){3}")),
+                sampling=SamplingSettings(**{"temperature": 1.0, **each}),
+            )
+            for each in settings
+        )
+    )
+    for answer in answers:
+        assert re.fullmatch("[0-9]{2}(-[0-9]{4}){3}", answer.text), answer.text
+
+
 async def test_many_tool_calls_at_once_hold_their_schema(
     engine: GeneratorEngine, backend: LLGuidanceBackend
 ) -> None:
