@@ -7,7 +7,7 @@ from pathlib import Path
 from gallama.config import ModelSpec
 from gallama.engines import ignore_progress
 from gallama.engines.draft_vocabulary import check_same_vocabulary
-from gallama.engines.exllamav2.loading import import_library, load_models
+from gallama.engines.exllamav2.loading import import_library, load_models, naming
 from gallama.engines.exllamav2.options import ExLlamaV2Options, read_options
 from gallama.engines.generators.engine import GeneratorEngine
 from gallama.engines.generators.thread import Generator
@@ -53,7 +53,8 @@ def _make_generator(
 
     models = load_models(spec, path, options, lambda fraction: report_progress(_PART_OF_WEIGHTS * fraction))
     try:
-        return PagedGenerator(models, tokens.vocabulary, step_seconds=options.prompt_step_ms / 1000)
+        with naming(path):
+            return PagedGenerator(models, tokens.vocabulary, step_seconds=options.prompt_step_ms / 1000)
     except BaseException:
         models.close()
         raise

@@ -95,12 +95,11 @@ class PagedGenerator:
         self._legs.pop(leg, None)
 
     def step(self) -> None:
-        writers = sum(leg.is_writing for leg in self._legs)
-        self._library.max_chunk_size = self._chunk() if writers else self._models.sizes.chunk
-        unread, start = self._unread(), time.perf_counter()
+        self._library.max_chunk_size = self._chunk()
+        is_reading, computed, start = self._unread() > 0, self._computed(), time.perf_counter()
         self._library.iterate()
-        if read := unread - self._unread():
-            self._cost.record(read + writers, time.perf_counter() - start)
+        if is_reading and (tokens := self._computed() - computed):
+            self._cost.record(tokens, time.perf_counter() - start)
         for leg, text in list(self._legs.items()):
             text.check_drafts(drafted=leg.guessed, accepted=leg.accepted)
             if leg.is_over:
@@ -112,7 +111,6 @@ class PagedGenerator:
         self._legs.clear()
         for kept in self._kept.values():
             kept.last = kept.waiting = None
-        del self._library
         self._models.free_unused()
         self._library = self._new_library()
 
@@ -153,22 +151,27 @@ class PagedGenerator:
         )
 
     def _may_read(self, text: Text) -> bool:
-        """Whether a text may be read now: while some write, prompts wait for each other.
+        """Whether a text may be read now: prompts wait for each other, but for short ones.
 
         One that goes on need not, for it lies in the cache.
         """
-        if len(text.token_ids) > text.prompt_length or not any(leg.is_writing for leg in self._legs):
-            return True
-        unread = self._unread()
-        return not unread or unread + len(text.token_ids) <= self._chunk()
+        kept, unread = self._kept.get(text), self._unread()
+        goes_on = kept is not None and kept.last is not None
+        return goes_on or not unread or unread + len(text.token_ids) <= self._chunk()
+
+    def _chunk(self) -> int:
+        """Tokens of a prompt that are read in a step; fewer while others write. Whole pages."""
+        most = self._models.sizes.chunk
+        if not any(leg.is_writing for leg in self._legs):
+            return most
+        in_time = self._cost.tokens_within(self._step_seconds) // PAGE_TOKENS * PAGE_TOKENS
+        return min(max(in_time, PAGE_TOKENS), most)
 
     def _unread(self) -> int:
         return sum(leg.unread for leg in self._legs)
 
-    def _chunk(self) -> int:
-        """Tokens of a prompt that are read in a step while others write; whole pages."""
-        in_time = self._cost.tokens_within(self._step_seconds) // PAGE_TOKENS * PAGE_TOKENS
-        return min(max(in_time, PAGE_TOKENS), self._models.sizes.chunk)
+    def _computed(self) -> int:
+        return sum(leg.computed for leg in self._legs)
 
     def _kept_of(self, text: Text) -> _Kept:
         if text not in self._kept:

@@ -80,12 +80,21 @@ class Leg(ExLlamaV2DynamicJob):  # type: ignore[misc]
     @property
     def unread(self) -> int:
         """Tokens that must be read before it can write, less what is known to be cached."""
-        position: int = self.sequences[0].kv_position
-        return 0 if self.is_over else self.length - 1 - position
+        return 0 if self.is_over else self.length - 1 - self._position
+
+    @property
+    def computed(self) -> int:
+        """Tokens that are in the cache by its own computing."""
+        return self._position - self.read_from_cache
 
     @property
     def read_from_cache(self) -> int:
         return int(self.cached_pages * self.generator.page_size + self.cached_tokens)
+
+    @property
+    def _position(self) -> int:
+        position: int = self.sequences[0].kv_position
+        return position
 
     @property
     def accepted(self) -> int:

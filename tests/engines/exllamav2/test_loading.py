@@ -227,6 +227,19 @@ async def test_gigabytes_count_the_draft_model_where_it_has_none_of_its_own(
     assert reserved == [free - 10**10, free - 10**10, free - 3 * 10**9, free - 10**10]
 
 
+async def test_models_are_kept_from_gpus_of_zero_gigabytes(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    folder, free = save_folder(tmp_path), ground.free_bytes
+    await load_and_close(folder, gpus=[10, 0], draft_gpus=[0, 4], draft_model_id=str(folder))
+    draft, model = ground.loads
+    assert draft["how"] == "manual"
+    assert draft["gpu_split"][0] == 0
+    assert 0 < draft["gpu_split"][1] < 4
+    assert model["reserve_vram"] == [free - 10**10, free]
+
+
 def test_a_cache_that_does_not_fit_is_told_of(ground: Ground, tmp_path: Path) -> None:
     folder = save_folder(tmp_path)
     ground.free_bytes = 300 * 2**20
