@@ -10,6 +10,7 @@ from typing import get_args
 
 import msgspec
 import pytest
+from pydantic import BaseModel
 
 from gallama.config.server_config import ServerSettings
 from gallama.constraints import (
@@ -21,6 +22,8 @@ from gallama.constraints import (
     thinking_template,
 )
 from gallama.conversation import Guarantee
+from gallama.engines.exllamav2.options import ExLlamaV2Options
+from gallama.engines.exllamav3.options import ExLlamaV3Options
 from gallama.engines.llama_cpp.options import LlamaCppOptions
 from gallama.pool.launchers.local import STOP_SECONDS
 from gallama.pool.pool import MAX_TRIES
@@ -109,6 +112,20 @@ def test_the_settings_of_llama_cpp_are_explained_with_their_defaults() -> None:
     for key, field in LlamaCppOptions.model_fields.items():
         if isinstance(field.default, int):  # else the model or the machine decides
             assert explained[key] == str(field.default).lower(), key
+
+
+@pytest.mark.parametrize(
+    ("document", "options"), [("exllamav2", ExLlamaV2Options), ("exllamav3", ExLlamaV3Options)]
+)
+def test_the_settings_of_exllama_are_explained_with_their_defaults(
+    document: str, options: type[BaseModel]
+) -> None:
+    text = (ROOT / f"docs/{document}.md").read_text()
+    explained = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
+    assert options.model_fields.keys() <= explained.keys()
+    for key, field in options.model_fields.items():
+        if isinstance(field.default, int):  # else the model or the machine decides
+            assert explained[key].split(",")[0] == str(field.default).lower(), key
 
 
 def test_the_supervision_document_names_every_state_and_the_times_that_hold() -> None:
