@@ -147,23 +147,23 @@ def without_gpu() -> Iterator[Ground]:
     global _ground
     modules = _modules()
     before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-        patch.syspath_prepend(WHEEL)
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "device_count", lambda: 1)
-        patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-        patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80 << 30, 80 << 30))
-        _ground = Ground(modules["exllamav3"])
-        try:
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, module in modules.items():
+                patch.setitem(sys.modules, name, module)
+            patch.syspath_prepend(WHEEL)
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+            patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80 << 30, 80 << 30))
+            _ground = Ground(modules["exllamav3"])
             yield _ground
-        finally:
-            _ground = None
-            modules.update(_loaded())
-    # Nor may the engine keep what it took from it.
-    for name in [*_loaded(), *(name for name in set(sys.modules) - before if "exllamav3" in name)]:
-        sys.modules.pop(name, None)
+    finally:
+        _ground = None
+        # Nor may the engine keep what it took from it.
+        for name in set(sys.modules) - before:
+            if "exllamav3" in name:
+                del sys.modules[name]
 
 
 def save_model(
