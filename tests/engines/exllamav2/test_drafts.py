@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from gallama.generation import SamplingSettings
+from gallama.generation import Engine, SamplingSettings
 from tests.engines.exllamav2.asking import (
     NOISE,
     Observed,
@@ -23,11 +25,7 @@ from tests.engines.exllamav2.asking import (
     until_idle,
     written,
 )
-from tests.engines.exllamav2.ground import (
-    CONTEXT_LENGTH,
-    Ground,
-    save_folder,
-)
+from tests.engines.exllamav2.ground import CONTEXT_LENGTH, Ground, Pass, save_folder
 
 
 async def test_a_draft_model_changes_nothing_but_the_number_of_steps(
@@ -128,14 +126,58 @@ async def test_what_is_drafted_and_accepted_is_told_and_adds_up(
     assert status.sampled_tokens == steps_of_texts + status.accepted_draft_tokens
 
 
-async def test_guesses_that_were_right_are_not_counted_where_the_grammar_forced_them(
+RUN = "FIXEDINMIDST"
+
+
+async def test_a_short_forced_run_is_checked_in_few_steps_and_is_no_draft(
     ground: Ground, folder: Path, start: Start
 ) -> None:
-    state = Observed(start("regex", "(a|b)FIXED IN THE MIDDLE(c|d)"))
+    state = Observed(start("regex", f"(a|b){RUN}(c|d)"))
     async with loaded(ground, folder) as engine:
         answer = await generate(engine, [5, 6, 7], max_tokens=100, state=state, sampling=NOISE)
-    assert answer.forced > 5
+    assert answer.forced == len(RUN)
+    assert len(ground.steps) <= 5
     assert (answer.drafted, answer.accepted) == (0, 0)
+
+
+async def test_a_forced_run_takes_the_place_of_guesses(ground: Ground, folder: Path, start: Start) -> None:
+    """Of a draft model that is wrong each time, so that nothing behind the run is worth a look."""
+    state = Observed(start("regex", f"(a|b){RUN}(c|d)"))
+    settings = {"draft_model_id": str(folder), "num_draft_tokens": 4}
+    async with loaded(ground, folder, **settings) as engine:
+        ground.change_logits = drafting(engine, "z")
+        answer = await generate(engine, [5, 6, 7], max_tokens=100, state=state, sampling=NOISE)
+    assert answer.forced == len(RUN)
+    assert len(ground.steps) <= 6
+    assert answer.accepted == 0
+    assert answer.drafted <= 4 * answer.sampled
+
+
+async def test_forced_tokens_that_were_guessed_do_not_count_as_accepted(
+    ground: Ground, folder: Path, start: Start
+) -> None:
+    """The draft model knows the run, and is wrong wherever there is a choice."""
+    state = Observed(start("regex", f"(a|b){RUN}(c|d)"))
+    settings = {"draft_model_id": str(folder), "num_draft_tokens": 4}
+    async with loaded(ground, folder, **settings) as engine:
+        ground.change_logits = drafting(engine, f"z{RUN}z")
+        answer = await generate(engine, [5, 6, 7], max_tokens=100, state=state, sampling=NOISE)
+    assert answer.forced == len(RUN)
+    assert answer.accepted == 0
+    assert 0 < answer.drafted <= 4 * answer.sampled
+
+
+def drafting(engine: Engine, answer: str) -> Callable[[Pass, torch.Tensor], None]:
+    """A draft model that guesses an answer behind a prompt of three tokens, letter by letter."""
+    token_ids = [engine.vocabulary.tokens.index(letter.encode()) for letter in answer]
+
+    def change_logits(one: Pass, logits: torch.Tensor) -> None:
+        if one.is_of_draft_model:
+            for row, text in enumerate(one.texts):
+                place = min(len(text) - 3, len(token_ids) - 1)
+                logits[row, -1, token_ids[place]] = 100
+
+    return change_logits
 
 
 async def test_a_draft_model_that_breaks_once_loses_no_answer(
