@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gallama.engines.exllamav2.library import Leg, LegGenerator
 from gallama.engines.exllamav2.loading import Models
-from gallama.engines.exllamav2.options import PAGE_TOKENS
+from gallama.engines.exllamav2.options import LEG_TOKENS, PAGE_TOKENS
 from gallama.engines.exllamav2.sampling import Sampler
 from gallama.engines.generators.text import Text
 from gallama.engines.logits import log_probabilities
@@ -26,9 +26,6 @@ from gallama.errors import ContextLengthExceeded, EngineFailed, GallamaError
 from gallama.generation import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-LEG_TOKENS = 512
-"""Tokens that an answer grows by before it makes room for others that wait."""
 
 # A forced run is read as a prompt is, in a leg of its own, where that is done in so many steps less; it holds
 # up each of the others by one.

@@ -17,6 +17,8 @@ from gallama.errors import InvalidConfig
 
 PAGE_TOKENS = CACHE_PAGE_TOKENS
 """The library's pages are of the size that our caches are rounded up to."""
+LEG_TOKENS = 512
+"""Tokens that an answer grows by before it makes room for others that wait."""
 MOST_FORCED_DRAFT = 8
 """Tokens of a run that the grammar forces which are checked in one step, where nothing else is guessed."""
 
