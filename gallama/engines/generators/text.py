@@ -66,6 +66,8 @@ class Text:
 
     def append_forced(self) -> None:
         """Before a leg: what the grammar leaves no choice about is read with the prompt."""
+        if self.room <= 0 and self.outcome is None:
+            self.outcome = Ended("length")
         self._guard(self._settle)
         while self._run and self.outcome is None:
             run, self._run = list(self._run), deque()

@@ -166,6 +166,12 @@ def test_a_run_is_cut_where_there_is_no_more_room(byte_vocabulary: Vocabulary, m
     assert text.outcome == Ended("length")
 
 
+def test_an_answer_of_no_tokens_has_ended_before_its_first_leg(byte_vocabulary: Vocabulary) -> None:
+    text = text_of(byte_vocabulary, max_tokens=0)
+    text.append_forced()
+    assert text.take_updates() == [Started(0), Ended("length")]
+
+
 def test_the_last_token_of_a_grammar_ends_the_text(byte_vocabulary: Vocabulary, matching: NewState) -> None:
     text = text_of(byte_vocabulary, matching("[ab]"))
     write(text, b"a")
