@@ -187,10 +187,12 @@ class ExLlamaV3Generator:
     def _make_job(self, text: Text) -> Any:
         request = text.job.request
         is_recurrent = self._models.is_recurrent
+        # Pages are claimed for all of this, however little of the answer is left.
+        divides = is_recurrent and text.room > _RECURRENT_LEG_TOKENS
         return Job(
             torch.tensor([text.token_ids], dtype=torch.long),
             max_new_tokens=text.room if is_recurrent else min(text.room, leg_tokens(len(text.token_ids))),
-            max_rq_tokens=_RECURRENT_LEG_TOKENS if is_recurrent else None,
+            max_rq_tokens=_RECURRENT_LEG_TOKENS if divides else None,
             sampler=make_sampler(
                 request.sampling,
                 prompt_length=text.prompt_length,

@@ -88,7 +88,7 @@ class _Loading:
         for_cache = cache_options(spec, options, context_length=length, widest_draft=widest)
         cache = self._make_cache(model, for_cache, widest)
         draft_model, draft_cache = self._load_draft(for_cache, length)
-        self._load_model(model, draft_model, widest)
+        self._load_model(model, cache, draft_model, widest)
         self._warm_up(model, cache, widest)
         generator = ExLlamaV3Generator(
             Models(
@@ -138,7 +138,7 @@ class _Loading:
             logger.info("drafting with %s", spec.draft_model_name or path.name)
             model.load(
                 **placement(key, gigabytes, reserve_gigabytes=spec.reserve_vram, free_bytes=_free_bytes()),
-                max_chunk_size=self._options.max_chunk_size,
+                max_chunk_size=self._measured_chunk(cache),
                 max_output_size=spec.max_concurrent_requests,
                 max_batch_size=spec.max_concurrent_requests,
                 callback=self._reported(0.0, _PART_OF_DRAFT),
@@ -151,7 +151,7 @@ class _Loading:
             return "gpus", self._spec.gpus
         return "draft_gpus", self._spec.draft_gpus
 
-    def _load_model(self, model: Any, draft_model: Any, widest: int) -> None:
+    def _load_model(self, model: Any, cache: Any, draft_model: Any, widest: int) -> None:
         spec = self._spec
         shares_gigabytes = draft_model is not None and spec.draft_gpus is None
         rows = max(spec.max_concurrent_requests, MOST_ROWS if widest else 0)
@@ -165,12 +165,16 @@ class _Loading:
             ),
             tensor_p=spec.tp,
             tp_backend=self._options.tp_backend,
-            max_chunk_size=self._options.max_chunk_size,
+            max_chunk_size=self._measured_chunk(cache),
             max_output_size=rows,
             max_batch_size=spec.max_concurrent_requests,
             draft_model=draft_model,
             callback=self._reported(0.0 if draft_model is None else _PART_OF_DRAFT, _PART_OF_WEIGHTS),
         )
+
+    def _measured_chunk(self, cache: Any) -> int:
+        """So much of a text is computed to see what memory that takes, and it must fit the cache."""
+        return min(self._options.max_chunk_size, cache.max_num_tokens)
 
     def _make_cache(self, model: Any, options: CacheOptions, widest: int) -> Any:
         """

@@ -363,6 +363,11 @@ def _load(self: Any, *args: Any, **kwargs: Any) -> None:
     for split in (use, reserve):
         if split is not None and not isinstance(split, list | float | int):
             raise ValueError("use_per_device must be float or list[float]")
+    for reference in self.cache_weakrefs.values():
+        # A chunk of that size is computed in the cache, to see what memory it takes.
+        chunk = given.get("max_chunk_size", 2048)
+        assert chunk <= reference().max_num_tokens, "Cache too small for batch shape"
+        assert chunk % PAGE == 0, "cache seq len must be a multiple of 256"
     callback = given.get("callback")
     total = len(self.modules)
     for index in range(total):

@@ -541,6 +541,15 @@ async def test_a_recurrent_model_s_states_are_those_of_their_texts(
     assert again.chunks[0].cached_prompt_tokens >= PAGE
 
 
+async def test_short_answers_of_a_recurrent_model_share_a_small_cache(
+    ground: Ground, load: LoadEngine, tmp_path: Path
+) -> None:
+    engine = load(save_model(tmp_path, is_recurrent=True), cache_size=8 * PAGE)
+    ground.forget()
+    await asyncio.gather(*(ask(engine, [5 + n, 7], sampling=ENDLESS, max_tokens=20) for n in range(6)))
+    assert max(texts for texts, _ in ground.forwards) == 6
+
+
 async def test_words_that_stood_there_before_are_guessed(ground: Ground, load: LoadEngine) -> None:
     engine = load(speculative="ngram", cache_size=8 * CONTEXT_LENGTH)
     verse = [(17 * n) % 200 + 50 for n in range(40)]

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from gallama.config import ModelSpec  # noqa: E402
 from gallama.engines import ENGINES, ignore_progress  # noqa: E402
 from gallama.errors import GallamaError, InvalidConfig, ModelLoadFailed, NotEnoughMemory  # noqa: E402
-from tests.engines.exllamav3.ground import Ground, save_model  # noqa: E402
+from tests.engines.exllamav3.ground import PAGE, Ground, save_model  # noqa: E402
 
 GIB = 2**30
 
@@ -155,6 +155,12 @@ def test_what_the_library_prints_is_kept_from_standard_output(
 def test_the_context_is_that_of_the_model_s_config(ground: Ground, folder: Path) -> None:
     assert load_and_close(folder) == 1024
     assert load_and_close(folder, max_seq_len=700) == 700
+
+
+def test_a_cache_may_be_smaller_than_a_chunk(ground: Ground, folder: Path, tmp_path: Path) -> None:
+    draft = save_model(tmp_path, voice=1, is_draft=True)
+    load_and_close(folder, max_seq_len=200, draft_model_id=str(draft))
+    assert [load["max_chunk_size"] for load in ground.loads] == [PAGE, PAGE]
 
 
 def test_a_cache_of_each_quantization_can_be_had(ground: Ground, folder: Path) -> None:
