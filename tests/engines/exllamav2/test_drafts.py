@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 from collections.abc import Callable
@@ -110,6 +111,20 @@ async def test_a_draft_model_that_is_always_wrong_costs_no_token(
     assert len(ground.steps) == 60
     assert answer.accepted == 0
     assert answer.drafted > 100
+
+
+async def test_many_texts_at_once_have_shorter_drafts_and_few_have_long_ones_again(
+    ground: Ground, folder: Path, draft_folder: Path
+) -> None:
+    settings = {"max_concurrent_requests": 12, "draft_model_id": str(draft_folder)}
+    async with loaded(ground, folder, **settings) as engine:
+        long = asyncio.create_task(generate(engine, [5, 6], max_tokens=200))
+        prompts = [[n, n] for n in range(7, 18)]
+        answers = await generate_all(engine, prompts, max_tokens=20)
+        assert [answer.text for answer in answers] == expected(ground, engine, prompts, 20)
+        assert (await long).text == written(engine, ground.greedy([5, 6], 200))
+    assert min(one.length for one in ground.steps) < 4
+    assert ground.steps[-1].length == 5
 
 
 async def test_what_is_drafted_and_accepted_is_told_and_adds_up(
