@@ -174,7 +174,8 @@ class _Loading:
 
     def _measured_chunk(self, cache: Any) -> int:
         """So much of a text is computed to see what memory that takes, and it must fit the cache."""
-        return min(self._options.max_chunk_size, cache.max_num_tokens)
+        tokens: int = cache.max_num_tokens
+        return min(self._options.max_chunk_size, tokens)
 
     def _make_cache(self, model: Any, options: CacheOptions, widest: int) -> Any:
         """
