@@ -19,7 +19,7 @@ from zipfile import ZipFile
 import pytest
 from packaging.requirements import Requirement
 
-from benchmarks.gpu_check import extension, models, places, speed, wheels
+from benchmarks.gpu_check import extension, models, places, speed, toolkit, wheels
 from benchmarks.gpu_check.__main__ import bring_back, main, nvcc, select, take_back
 from benchmarks.gpu_check.checks import check_broken_step, check_cancelling, check_load
 from benchmarks.gpu_check.findings import Findings, read_findings
@@ -223,6 +223,23 @@ class TestRunner:
         assert runner.results["slow"]["checks"]["it works"]["held"]
         assert _commands_with(SLEEP) == []
 
+    def test_a_stage_under_way_and_all_before_it_are_kept_when_the_check_is_ended(
+        self, tmp_path: Path, program: list[str]
+    ) -> None:
+        """By the machine, at any moment: what is to be brought back lies there before a stage is begun."""
+        kept: list[dict[str, Any]] = []
+        runner = Runner(
+            tmp_path,
+            seconds=60,
+            environment={},
+            keep=lambda results: kept.append({name: each["status"] for name, each in results.items()}),
+            command=program,
+        )
+        runner.run([Stage("good", 30), Stage("bad", 30)], again=False)
+        assert kept[2] == {"good": "held", "bad": "failed"}
+        assert json.loads((tmp_path / "results.json").read_text()).keys() == {"good", "bad"}
+        assert len(kept) == 4
+
     def test_runs_no_stage_whose_ground_does_not_hold(self, new_runner: Callable[..., Runner]) -> None:
         runner = new_runner(seconds=60)
         runner.run([Stage("bad", 30), Stage("good", 30, needs=("bad",))], again=False)
@@ -242,6 +259,14 @@ class TestRunner:
             "good": "held",
             "bad": "not run",
         }
+
+    def test_what_a_failed_stage_found_outlives_a_command_without_time_for_it(
+        self, new_runner: Callable[..., Runner]
+    ) -> None:
+        new_runner(seconds=60).run([Stage("bad", 30)], again=False)
+        runner = new_runner(seconds=1)
+        runner.run([Stage("bad", 30)], again=False)
+        assert runner.results["bad"]["why"] == "it works did not hold"
 
     def test_runs_what_held_again_when_asked(self, new_runner: Callable[..., Runner]) -> None:
         new_runner(seconds=60).run([Stage("good", 30)], again=False)
@@ -296,6 +321,58 @@ class TestVersions:
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
         assert nvcc() == "13.0.88"
+
+
+class TestToolkit:
+    """Headers and libraries that lie in several places, as on machines whose toolkit came in packages."""
+
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Path:
+        """A toolkit with a compiler and its runtime's header, and nothing else."""
+        home = tmp_path / "cuda-13.0"
+        write_files(home, "include/cuda_runtime.h")
+        write_program(home / "bin" / "nvcc", f"echo '#$ _HERE_={home}/bin\n#$ TOP={home}/bin/..' >&2")
+        return home
+
+    def test_is_found_behind_a_script_on_the_path(self, home: Path, tmp_path: Path) -> None:
+        write_program(tmp_path / "local" / "bin" / "nvcc", f'exec {home}/bin/nvcc "$@"')
+        nvcc = toolkit.find_nvcc({"PATH": f"{tmp_path}/local/bin:/bin"})
+        assert nvcc == tmp_path / "local" / "bin" / "nvcc"
+        assert toolkit.find_toolkit(nvcc) == home
+
+    def test_is_the_one_that_the_user_names(self, home: Path, tmp_path: Path) -> None:
+        chosen = toolkit.settings({"CUDA_HOME": str(home), "PATH": "/bin"}, tmp_path / "links")
+        assert chosen["CUDA_HOME"] == str(home)
+
+    def test_is_asked_for_no_header_that_it_has(self, home: Path, tmp_path: Path) -> None:
+        write_files(tmp_path / "cu13", "include/cuda_runtime.h", "include/cublas_v2.h", "include/cusparse.h")
+        found = toolkit.folders_with(
+            ["cuda_runtime.h", "cublas_v2.h", "cusparse.h"], home, [tmp_path / "cu13"]
+        )
+        assert found == [tmp_path / "cu13" / "include"]
+        assert toolkit.folders_with(["cuda_runtime.h"], home, [tmp_path / "cu13"]) == []
+
+    def test_runtime_of_a_package_gets_the_name_that_a_linker_looks_for(
+        self, home: Path, tmp_path: Path
+    ) -> None:
+        write_files(tmp_path / "cu13", "lib/libcudart.so.13")
+        links = toolkit.link_runtime(home, [tmp_path / "cu13"], tmp_path / "links")
+        assert links is not None
+        assert (links / "libcudart.so").resolve() == tmp_path / "cu13" / "lib" / "libcudart.so.13"
+        write_files(home, "lib64/libcudart.so")
+        assert toolkit.link_runtime(home, [tmp_path / "cu13"], tmp_path / "links") is None
+
+
+def write_files(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def write_program(file: Path, line: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{line}\n")
+    file.chmod(0o755)
 
 
 class TestCommandLine:

@@ -8,17 +8,19 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check import places, wheels
-from benchmarks.gpu_check.runner import Runner, Stage, exit_code, sum_up
+from benchmarks.gpu_check import places, toolkit, wheels
+from benchmarks.gpu_check.runner import Result, Runner, Stage, exit_code, sum_up
 
-SECONDS = 560
+SECONDS = 540
+"""Of a command that may take ten minutes, with what comes before the first stage and after the last."""
 _MACHINE_BOUND = ("models", "build")
 """What these made is gone with the machine."""
 _MOST_LOG_BYTES = 15 * 2**20
@@ -49,10 +51,17 @@ def run(asked: Sequence[Stage], every: Sequence[Stage], *, seconds: float, again
     if lacking := wheels.missing(wheels.ALREADY_THERE, names):
         print(f"This machine lacks {', '.join(lacking)}; add them to the roots in wheels.py.", flush=True)
     take_back(places.BACK, places.RESULTS)
-    runner = Runner(places.RESULTS, seconds=seconds, environment=environment())
+    told, out = versions(), places.out()
+
+    def keep(results: Mapping[str, Result]) -> None:
+        bring_back(sum_up(results, every, told), out)
+
+    runner = Runner(places.RESULTS, seconds=seconds, environment=environment(), keep=keep)
+    # The stage that is under way is ended, too, and what was found before lies where it is brought back from.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     runner.run(asked, again=again)
-    summary = sum_up(runner.results, every, versions())
-    bring_back(summary, places.out())
+    keep(runner.results)
+    summary = sum_up(runner.results, every, told)
     print(json.dumps(summary), flush=True)
     return exit_code(summary, asked)
 
@@ -104,6 +113,7 @@ def environment() -> dict[str, str]:
         "GALLAMA_HOME": str(places.STATE / "home"),
         "PYTHONUNBUFFERED": "1",
     }
+    variables |= toolkit.settings(os.environ, places.STATE / "lib")
     architecture = gpu().get("architecture")
     return variables | ({"TORCH_CUDA_ARCH_LIST": architecture} if architecture else {})
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.gpu_check import places
 from benchmarks.gpu_check.findings import Findings
+from gallama.errors import MissingExtra
 
 PART_BYTES = 15 * 2**20
 MOST_PARTS = 3
@@ -48,7 +49,12 @@ def build(findings: Findings, engine: str) -> None:
         findings.figure("restored", join_parts(parts(places.BACK, library, tag), file))
     started = time.monotonic()
     with telling(findings, places.EXTENSIONS / library.extension):
-        extension = import_library(library)
+        try:
+            extension = import_library(library)
+        except MissingExtra as error:
+            # The whole of it: what was compiled beside the file that broke is printed after its errors.
+            print(error.__cause__, flush=True)
+            raise
     findings.figure("import_seconds", round(time.monotonic() - started, 1))
     found = Path(extension.__file__)
     findings.check("the extension can be imported", found.exists(), file=found.name)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,17 +56,20 @@ class Runner:
         *,
         seconds: float,
         environment: Mapping[str, str],
+        keep: Callable[[Mapping[str, Result]], None] = lambda results: None,
         command: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu_check"),
     ) -> None:
         """
         Args:
             folder: of the results and logs; results that lie there count.
             environment: beside this process's own.
+            keep: is given all results whenever one changes: this process may be ended at any moment.
             command: gets `stage NAME --file FILE --seconds N`.
         """
         self._folder = folder
         self._deadline = time.monotonic() + seconds
         self._environment = environment
+        self._keep = keep
         self._command = command
         folder.mkdir(parents=True, exist_ok=True)
         self.results: dict[str, Result] = _read_results(folder)
@@ -80,18 +83,35 @@ class Runner:
         for stage in stages:
             if again or self._status(stage.name) != HELD:
                 print(f"=== {stage.name}", flush=True)
-                self.results[stage.name] = self._result(stage)
-                _write_results(self._folder, self.results)
+                self._run_one(stage)
+
+    def _run_one(self, stage: Stage) -> None:
+        seconds = min(stage.seconds, self._deadline - time.monotonic())
+        if obstacle := self._obstacle(stage, seconds):
+            print(obstacle, flush=True)
+            # What it found when it ran is worth more than that it was not run again.
+            if self._status(stage.name) != FAILED:
+                self._set(stage, _not_run(obstacle))
+        else:
+            self._set(stage, {"status": FAILED, "why": "it was under way when the check was ended"})
+            self._set(stage, self._result(stage, seconds))
+
+    def _set(self, stage: Stage, result: Result) -> None:
+        self.results[stage.name] = result
+        _write_results(self._folder, self.results)
+        self._keep(self.results)
 
     def _status(self, name: str) -> str:
         return str(self.results.get(name, {}).get("status", NOT_RUN))
 
-    def _result(self, stage: Stage) -> Result:
+    def _obstacle(self, stage: Stage, seconds: float) -> str | None:
         if unmet := [name for name in stage.needs if self._status(name) != HELD]:
-            return _not_run(f"{', '.join(unmet)} must hold first")
-        seconds = min(stage.seconds, self._deadline - time.monotonic())
+            return f"{', '.join(unmet)} must hold first"
         if seconds < LEAST_SECONDS:
-            return _not_run("no time was left; run it again, and it goes on from here")
+            return "no time was left; run it again, and it goes on from here"
+        return None
+
+    def _result(self, stage: Stage, seconds: float) -> Result:
         started = time.monotonic()
         file = self._folder / f"{stage.name}.found"
         file.unlink(missing_ok=True)
