@@ -11,13 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gallama.catalog.model_files import quantization_of, read_config
-from gallama.catalog.safetensors_files import read_tensors
+from gallama.catalog.model_files import quantization_of, read_from_config
+from gallama.catalog.safetensors_files import find_weights, read_tensors
 from gallama.errors import InvalidConfig
 
 _MOST = 2**30
 _DEFAULT_CONTEXT_LENGTH = 8192
 _EMBEDDING = "embed_tokens.weight"
+_KEYS = (
+    "max_position_embeddings",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "layer_types",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +57,8 @@ def read_folder_sizes(folder: Path) -> FolderSizes:
     Raises:
         InvalidConfig: the folder cannot be read.
     """
-    config = read_config(folder)
-    of_text = config.get("text_config")
-    config = {**config, **of_text} if isinstance(of_text, Mapping) else config
+    # A model that knows more than text describes the part that writes by itself.
+    config = {**read_from_config(folder, _KEYS), **read_from_config(folder, _KEYS, inside="text_config")}
     is_quantized = quantization_of(folder) is not None
     weight_bytes, embedding_bytes = _weights(folder, is_quantized=is_quantized)
     by_layer = _cache_numbers(config)
@@ -70,7 +82,7 @@ def stored_bytes(folder: Path) -> int:
         InvalidConfig: they cannot be read.
     """
     try:
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in find_weights(folder))
     except OSError as error:
         raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
 

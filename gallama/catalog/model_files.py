@@ -9,6 +9,7 @@ A folder says in its `config.json` how its weights are quantized; where it does 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ CONFIG_FILE = "config.json"
 
 _GPTQ_FILE = "quantize_config.json"
 """What older folders have instead of `quantization_config`."""
-_MOST_CONFIG_BYTES = 64 * 2**20
+_MOST_CONFIG_BYTES = 16 * 2**20
+"""Those that list thousands of experts have a few MB."""
+_MOST_VALUE_BYTES = 2**18
+_MOST_LETTERS_OF_METHOD = 40
 _BITS_OF_GPTQ = 4
 """The only ones that exllamav2 can read; it would take others for these."""
 _SIGNS = {".trellis": "exl3", ".q_weight": "exl2"}
@@ -97,7 +101,25 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         InvalidConfig: it cannot be read, or is no JSON object.
     """
-    return _read_json(folder / CONFIG_FILE)
+    file = folder / CONFIG_FILE
+    content = _decode(file, Any)
+    if not isinstance(content, Mapping):
+        raise InvalidConfig(f"{file} must be a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def read_from_config(folder: Path, keys: tuple[str, ...], *, inside: str | None = None) -> Mapping[str, Any]:
+    """What the `config.json` of a folder says under some keys; those that it lacks are left out.
+
+    Nothing is made of all the rest, which may be much: the gateway reads it while it serves.
+
+    Args:
+        inside: the object that has them; {} where there is none. None: the whole.
+
+    Raises:
+        InvalidConfig: it cannot be read, or is no JSON object, or one of the values is absurdly long.
+    """
+    return _read_values(folder / CONFIG_FILE, keys, inside)
 
 
 def quantization_of(path: Path) -> str | None:
@@ -109,7 +131,7 @@ def quantization_of(path: Path) -> str | None:
     """
     method = _quantization_config(path).get("quant_method")
     if isinstance(method, str):
-        return method.lower()
+        return _checked_name(method, path)
     endings = {name[name.rfind(".") :] for name, _ in read_tensors(path)}
     named = next((method for sign, method in _SIGNS.items() if sign in endings), None)
     # AWQ's have the same name, but neither this file nor an order of their own.
@@ -125,7 +147,7 @@ def gptq_bits(path: Path) -> int | None:
     """
     said = _quantization_config(path)
     if "bits" not in said and (path / _GPTQ_FILE).is_file():
-        said = _read_json(path / _GPTQ_FILE)
+        said = _read_values(path / _GPTQ_FILE, ("bits",), None)
     bits = said.get("bits")
     return bits if isinstance(bits, int) else None
 
@@ -155,22 +177,58 @@ def _kind_of(path: Path) -> str:
 
 
 def _quantization_config(path: Path) -> Mapping[str, Any]:
-    said = read_config(path).get("quantization_config")
-    return said if isinstance(said, Mapping) else {}
+    return read_from_config(path, ("quant_method", "bits"), inside="quantization_config")
 
 
-def _read_json(file: Path) -> Mapping[str, Any]:
+def _checked_name(method: str, path: Path) -> str:
+    """
+    Raises:
+        InvalidConfig: it is none that could stand in a message.
+    """
+    if len(method) > _MOST_LETTERS_OF_METHOD or not method.isprintable():
+        start = method[:_MOST_LETTERS_OF_METHOD]
+        raise InvalidConfig(f"{path / CONFIG_FILE}: `quant_method` is {start!r}, which is no name.")
+    return method.lower()
+
+
+def _read_values(file: Path, keys: tuple[str, ...], inside: str | None) -> dict[str, Any]:
+    if inside is None:
+        found = _decode(file, _with_keys(keys))
+    else:
+        content = getattr(_decode(file, _with_keys((inside,))), inside)
+        if not bytes(content).lstrip().startswith(b"{"):
+            return {}
+        found = msgspec.json.decode(content, type=_with_keys(keys))
+    values = {key: raw for key in keys if (raw := bytes(getattr(found, key)))}
+    for key, raw in values.items():
+        if len(raw) > _MOST_VALUE_BYTES:
+            raise InvalidConfig(f"{file}: `{key}` is too long: {_MOST_VALUE_BYTES} bytes are the most.")
+    return {key: msgspec.json.decode(raw) for key, raw in values.items()}
+
+
+@cache
+def _with_keys(keys: tuple[str, ...]) -> type[msgspec.Struct]:
+    """An object whose values under these keys are kept as they stand there."""
+    return msgspec.defstruct("Values", [(key, msgspec.Raw, msgspec.Raw()) for key in keys])
+
+
+def _decode(file: Path, kind: Any) -> Any:
+    """
+    Raises:
+        InvalidConfig: the file cannot be read, or is no JSON of this kind.
+    """
     try:
         if file.stat().st_size > _MOST_CONFIG_BYTES:
             raise InvalidConfig(f"{file} is too large: {_MOST_CONFIG_BYTES} bytes are the most.")
-        content = msgspec.json.decode(file.read_bytes())
+        return msgspec.json.decode(file.read_bytes(), type=kind)
     except OSError as error:
         raise InvalidConfig(f"{file} cannot be read: {error.strerror}.") from None
+    except msgspec.ValidationError as error:
+        raise InvalidConfig(f"{file} must be a JSON object: {error}.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidConfig(f"{file} is no JSON: {error}.") from None
-    if not isinstance(content, Mapping):
-        raise InvalidConfig(f"{file} must be a JSON object, not {type(content).__name__}.")
-    return content
+    except RecursionError:
+        raise InvalidConfig(f"{file} is nested too deeply.") from None
 
 
 def _has_gguf(folder: Path) -> bool:

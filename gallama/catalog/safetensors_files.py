@@ -9,50 +9,91 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from gallama.errors import InvalidConfig
 
 _LENGTH_BYTES = 8
-_MOST_HEAD_BYTES = 32 * 2**20
-"""Those of models with 100,000 tensors have half of it."""
+# Models of 200,000 tensors, the most that are known, have 30 MB, in many files.
+_MOST_HEAD_BYTES = 16 * 2**20
+_MOST_BYTES_OF_ALL_HEADS = 64 * 2**20
+_MOST_FILES = 4096
+
+_Place = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Tensor(msgspec.Struct, frozen=True):
+class Tensor(msgspec.Struct, frozen=True, gc=False):
     """What stands in a head about one tensor."""
 
     dtype: str
-    data_offsets: tuple[int, int]
+    data_offsets: tuple[_Place, _Place]
 
     @property
     def stored_bytes(self) -> int:
-        return self.data_offsets[1] - self.data_offsets[0]
+        return max(0, self.data_offsets[1] - self.data_offsets[0])
+
+
+_DECODER = msgspec.json.Decoder(Tensor)
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, in order.
+
+    Raises:
+        InvalidConfig: the folder cannot be read, or one is no file, which some libraries would wait for.
+    """
+    try:
+        files = sorted(file for file in folder.glob("*.safetensors") if not file.is_dir())
+    except OSError as error:
+        raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
+    if len(files) > _MOST_FILES:
+        raise InvalidConfig(
+            f"The folder {folder} has {len(files)} files of weights; {_MOST_FILES} are the most."
+        )
+    for file in files:
+        if not file.is_file():
+            problem = "is no regular file" if file.exists() else "is a link that leads nowhere"
+            raise InvalidConfig(f"{file} {problem}. Download it again.")
+    return files
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and description of each tensor of a folder's files, in no order; a file that is none has none.
 
     Raises:
-        InvalidConfig: the folder or a file cannot be read.
+        InvalidConfig: the folder or a file cannot be read, or heads are absurdly long.
     """
+    left_bytes = _MOST_BYTES_OF_ALL_HEADS
+    for file in find_weights(folder):
+        head = _read_head(file)
+        left_bytes -= len(head)
+        if left_bytes < 0:
+            raise InvalidConfig(
+                f"The heads of the weights in {folder} have more than {_MOST_BYTES_OF_ALL_HEADS} bytes."
+            )
+        yield from _read_descriptions(head).items()
+
+
+def _read_head(path: Path) -> bytes:
+    """What stands there where a head would be; nothing where that is longer than the file."""
     try:
-        for file in sorted(folder.glob("*.safetensors")):
-            if file.is_file():
-                yield from _read_head(file).items()
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if length > path.stat().st_size:
+                return b""
+            if length > _MOST_HEAD_BYTES:
+                raise InvalidConfig(f"{path}: its head has {length} bytes; {_MOST_HEAD_BYTES} are the most.")
+            return file.read(length)
     except OSError as error:
-        raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
+        raise InvalidConfig(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _read_head(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if length > min(_MOST_HEAD_BYTES, path.stat().st_size):
-            return {}
-        head = file.read(length)
+def _read_descriptions(head: bytes) -> dict[str, Tensor]:
     try:
         described = msgspec.json.decode(head, type=dict[str, msgspec.Raw])
         described.pop("__metadata__", None)
-        return {name: msgspec.json.decode(raw, type=Tensor) for name, raw in described.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {name: _DECODER.decode(raw) for name, raw in described.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}

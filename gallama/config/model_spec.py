@@ -393,9 +393,16 @@ def why_backend_cannot(backend: str, spec: ModelSpec) -> str | None:
                 f"`{key}` is {str(value).lower() if isinstance(value, bool) else value}, which the backend"
                 f" {backend} has not; leave `{key}` out, or use one of the backends: {', '.join(backends)}"
             )
+    hidden = next((key for key in ("gpus", "draft_gpus") if _hides_all(getattr(spec, key))), None)
+    if hidden is not None and backend in _EXLLAMA:
+        return f"`{hidden}` hides all GPUs, and the backend {backend} computes on nothing else; leave `{hidden}` out"
     if spec.speculation != "off" and backend not in _BACKENDS_THAT_GUESS_AHEAD:
         return f"the backend {backend} does not guess ahead; leave `speculative` and the draft's keys out"
     return None
+
+
+def _hides_all(gigabytes: str | tuple[float, ...] | None) -> bool:
+    return isinstance(gigabytes, tuple) and not any(gigabytes)
 
 
 def _way_out(key: str) -> str:

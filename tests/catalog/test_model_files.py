@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def quantized(folder: Path, *tensors: str, files: Mapping[str, Any] | None = Non
     for name, content in {"config.json": config, **(files or {})}.items():
         (folder / name).write_text(json.dumps(content))
     return folder
+
+
+def write_head(file: Path, head: bytes) -> None:
+    """A safetensors file without tensors."""
+    file.write_bytes(len(head).to_bytes(8, "little") + head)
 
 
 @pytest.fixture
@@ -124,6 +130,74 @@ def test_where_no_config_says_it_names_of_tensors_do(
 def test_a_file_that_is_none_tells_nothing(folder: Path, head: bytes) -> None:
     (folder / "model.safetensors").write_bytes(head)
     assert quantization_of(folder) is None
+
+
+def test_measures_that_no_tensor_has_tell_nothing(folder: Path) -> None:
+    head = {"a.trellis": {"dtype": "F16", "shape": [4], "data_offsets": [0, -8]}}
+    write_head(folder / "model.safetensors", json.dumps(head).encode())
+    assert quantization_of(folder) is None
+
+
+def test_heads_that_are_nested_deeply_tell_nothing(folder: Path) -> None:
+    write_head(folder / "model.safetensors", b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    assert quantization_of(folder) is None
+
+
+def test_heads_that_no_model_has_are_not_read(folder: Path) -> None:
+    write_head(folder / "model.safetensors", b"{}" + b" " * 2**24)
+    with pytest.raises(InvalidConfig, match=r"model\.safetensors: its head has 16777218 bytes"):
+        quantization_of(folder)
+
+
+def test_many_long_heads_are_not_read_to_their_end(folder: Path) -> None:
+    write_head(folder / "model.safetensors", b"{}" + b" " * (2**24 - 2))
+    for number in range(4):
+        os.link(folder / "model.safetensors", folder / f"model-{number}.safetensors")
+    with pytest.raises(InvalidConfig, match="have more than 67108864 bytes"):
+        quantization_of(folder)
+
+
+def test_thousands_of_files_are_refused(folder: Path) -> None:
+    for number in range(4096):
+        os.link(folder / "model.safetensors", folder / f"model-{number}.safetensors")
+    with pytest.raises(InvalidConfig, match="has 4097 files of weights; 4096 are the most"):
+        quantization_of(folder)
+
+
+@pytest.mark.parametrize("method", [EXL3, AWQ, {}])
+def test_weights_that_a_reader_would_wait_for_are_refused(folder: Path, method: dict[str, Any]) -> None:
+    model = quantized(folder, "a.weight", **method)
+    os.mkfifo(folder / "more.safetensors")
+    with pytest.raises(InvalidConfig, match=r"more\.safetensors is no regular file"):
+        estimate_memory(resolve_model({"model_id": str(model)}, ServerConfig()))
+
+
+def test_a_link_that_leads_nowhere_is_named(folder: Path) -> None:
+    (folder / "more.safetensors").symlink_to(folder / "blobs" / "1234")
+    with pytest.raises(InvalidConfig, match=r"more\.safetensors is a link that leads nowhere"):
+        quantization_of(folder)
+
+
+def test_a_config_that_is_nested_deeply_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 10_000 + "1" + "}" * 10_000)
+    with pytest.raises(InvalidConfig, match=r"config\.json is nested too deeply"):
+        backend_of(folder)
+
+
+def test_what_is_not_looked_at_in_a_config_may_be_long(folder: Path) -> None:
+    said: dict[str, Any] = {
+        "quant_method": "exl3",
+        "modules": [f"model.layers.{number}" for number in range(100_000)],
+    }
+    assert backend_of(quantized(folder, "a.trellis", **said)) == "exllamav3"
+
+
+@pytest.mark.parametrize("method", ["exl3\x1b[2J", "exl3\n", "e" * 41, "e" * 2**19])
+def test_how_weights_are_quantized_is_a_name(folder: Path, method: str) -> None:
+    with pytest.raises(InvalidConfig, match=r"config\.json: `quant_method` is ") as refused:
+        backend_of(quantized(folder, "a.weight", quant_method=method))
+    assert refused.value.message.isprintable()
+    assert len(refused.value.message) < 500
 
 
 @pytest.mark.parametrize("config", ["[]", "{", '{"a": 1} x', "\udc80"])
@@ -228,6 +302,15 @@ def test_what_the_engine_that_is_found_has_not_is_refused(folder: Path, values: 
     with pytest.raises(InvalidConfig, match=r"model '.*tiny': .*the backend transformers"):
         backend_of(folder, **values)
     assert backend_of(quantized(folder, "model.norm.weight", **EXL3), **values) == "exllamav3"
+
+
+@pytest.mark.parametrize("values", [{"gpus": "0,0"}, {"draft_gpus": [0]}])
+def test_an_engine_for_gpus_does_not_go_without_one(folder: Path, values: dict[str, Any]) -> None:
+    model = {"draft_model_id": str(folder), **values}
+    quantized(folder, "model.norm.weight", **EXL3)
+    for backend in ("auto", "exllamav3"):
+        with pytest.raises(InvalidConfig, match="gpus` hides all GPUs, and the backend exllamav3"):
+            backend_of(folder, backend=backend, **model)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
