@@ -94,8 +94,8 @@ class GeneratorThread:
         """Those that have a slot, the oldest first."""
         self._alone: Text | None = None
         """The only text that is computed, to see whether it is the one that breaks."""
-        self._defect: GallamaError | None = None
-        """Why nothing can be computed any more."""
+        self._is_defective = False
+        """Whether nothing can be computed any more."""
         self._cached_tokens = 0
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -171,8 +171,8 @@ class GeneratorThread:
     def _start_legs(self, generator: Generator) -> None:
         """Start what has no leg, in order; nobody overtakes one for which there is no room."""
         for text in self._texts if self._alone is None else [self._alone]:
-            if self._defect is not None:
-                text.fail(self._defect)
+            if self._is_defective:
+                text.fail(_defect())
             if text.leg is None and text.outcome is None and not self._start_leg(generator, text):
                 return
 
@@ -234,7 +234,7 @@ class GeneratorThread:
             generator.rebuild()
         except BaseException:
             logger.exception("the generator could not be made anew")
-            self._defect = EngineFailed("The model cannot be computed any more; it must be loaded again.")
+            self._is_defective = True
 
     def _publish(self, generator: Generator) -> None:
         """Hand over what is new, and let go of what has ended, before anybody hears of that."""
@@ -255,8 +255,8 @@ class GeneratorThread:
                 self._alone = None
             if text.leg is not None:
                 self._cancel(generator, text)
-        if texts and self._defect is None:
-            self._cached_tokens = generator.cached_tokens()
+        if texts and not self._is_defective:
+            self._count_cached(generator)
 
     def _cancel(self, generator: Generator, text: Text) -> None:
         try:
@@ -266,9 +266,16 @@ class GeneratorThread:
             self._rebuild(generator)
         text.end_leg()
 
+    def _count_cached(self, generator: Generator) -> None:
+        """For the status alone, so that it costs nobody an answer."""
+        try:
+            self._cached_tokens = generator.cached_tokens()
+        except BaseException:
+            logger.exception("the cached tokens could not be counted")
+
     def _compute_for_nobody(self, generator: Generator) -> None:
-        if self._defect is not None:
-            raise self._defect
+        if self._is_defective:
+            raise _defect()
         generator.probe()
         self._outbox.totals.steps += 1
 
@@ -295,3 +302,8 @@ class GeneratorThread:
             generator.close()
         except BaseException:
             logger.exception("the generator could not be closed")
+
+
+def _defect() -> EngineFailed:
+    """One for each: what is raised again and again keeps the frames of all who have raised it."""
+    return EngineFailed("The model cannot be computed any more; it must be loaded again.")

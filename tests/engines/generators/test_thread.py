@@ -39,6 +39,7 @@ class Letters:
         """Raised by the next steps, one each, of at least `breaking_width` texts."""
         self.breaking_width = 1
         self.cannot_rebuild = False
+        self.cannot_count = False
         self.room = SLOTS
         self.is_closed = False
         self.gate = threading.Event()
@@ -88,6 +89,8 @@ class Letters:
             raise self.breaks.pop(0)
 
     def cached_tokens(self) -> int:
+        if self.cannot_count:
+            raise RuntimeError("a bug")
         return 7
 
     def close(self) -> None:
@@ -261,6 +264,37 @@ def test_a_generator_that_cannot_be_made_anew_fails_all_and_its_probes(
     assert isinstance(reader.of(later)[-1], GallamaError)
     with pytest.raises(GallamaError, match="loaded again"):
         thread.probe().result(SECONDS)
+
+
+def test_each_answer_of_a_broken_generator_ends_in_an_error_of_its_own(
+    thread: GeneratorThread, reader: Reader, letters: list[Letters]
+) -> None:
+    letters[0].cannot_rebuild = True
+    letters[0].breaks.append(RuntimeError("CUDA error"))
+    reader.of(*submit(thread, 1))
+    first, second = (reader.of(job)[-1] for job in submit(thread, 2, 3))
+    assert isinstance(first, GallamaError)
+    assert first is not second, "a reader leaves its frames in what it raises"
+
+
+def test_tokens_that_cannot_be_counted_cost_no_answer(
+    thread: GeneratorThread, reader: Reader, letters: list[Letters]
+) -> None:
+    letters[0].cannot_count = True
+    short, long = *submit(thread, 1, max_tokens=3), *submit(thread, 2, max_tokens=40)
+    assert reader.tokens(short) == expected(1, 3)
+    assert reader.tokens(long) == expected(2, 40)
+
+
+def test_closing_a_generator_that_counts_no_tokens_tells_everybody(
+    thread: GeneratorThread, reader: Reader, letters: list[Letters]
+) -> None:
+    (job,) = submit(thread, 1, max_tokens=900)
+    reader.begun(job)
+    letters[0].cannot_count = True
+    thread.close()
+    assert isinstance(reader.of(job)[-1], WorkerUnavailable)
+    assert letters[0].is_closed
 
 
 def test_a_text_that_is_cancelled_leaves_its_slot_to_the_next(
