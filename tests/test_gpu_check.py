@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import lzma
 import re
 import subprocess
 import sys
@@ -50,6 +51,14 @@ elif name == "slow":
     subprocess.run(["sleep", "61.0625"])
 """
 SLEEP = "sleep 61.0625"
+TOY_LIBRARY = """
+import os
+from pathlib import Path
+folder = Path(os.environ["FOLDER"])
+assert not (folder / "lock").exists(), "it would wait for ever"
+(folder / "toy_ext.so").write_text("for " + os.environ["TORCH_CUDA_ARCH_LIST"])
+raise RuntimeError("there is no GPU")
+"""
 
 
 @pytest.fixture
@@ -144,6 +153,34 @@ class TestExtensions:
         file = tmp_path / "built.so"
         file.write_bytes(bytes(range(256)) * 40)
         assert extension.split_in_parts(file, tmp_path / "parts", "name", part_bytes=10) == []
+
+    def test_that_cannot_be_loaded_here_are_compiled_as_if_there_were_none(self, tmp_path: Path) -> None:
+        pytest.importorskip("torch")
+        good, bad = tmp_path / "good.py", tmp_path / "bad.py"
+        for file, text in ((good, "loads = True"), (bad, "raise ImportError('no such symbol')")):
+            file.write_text(text)
+            written = extension.split_in_parts(file, tmp_path, file.stem)
+            file.unlink()
+            assert extension.restore(written, file) == file.exists() == (file == good)
+
+    def test_are_compiled_ahead_though_the_library_breaks_without_a_gpu(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("torch")
+        write_files(tmp_path, "toy/__init__.py", "extensions/toy_ext/lock")
+        (tmp_path / "toy" / "ext.py").write_text(TOY_LIBRARY)
+        monkeypatch.setattr(extension, "LIBRARIES", {"toy": extension.Library("toy")})
+        monkeypatch.setattr(places, "EXTENSIONS", tmp_path / "extensions")
+        monkeypatch.setattr(places, "BACK", tmp_path / "back")
+        variables = {"PYTHONPATH": str(tmp_path), "FOLDER": str(tmp_path / "extensions" / "toy_ext")}
+        (part,) = extension.compile_ahead("toy", (9, 0), variables)
+        assert part.parent == tmp_path / "back"
+        assert part.name.endswith("-sm90.xz.0")
+        assert lzma.decompress(part.read_bytes()) == b"for 9.0"
+        with pytest.raises(
+            extension.CannotCompile, match=r"^toy has not been compiled: it ended with code 1"
+        ):
+            extension.compile_ahead("toy", (9, 0), variables | {"FOLDER": str(tmp_path / "nowhere")})
 
     def test_that_are_being_compiled_are_counted(self, tmp_path: Path, findings: Findings) -> None:
         (tmp_path / "build.ninja").write_text(

@@ -1,4 +1,4 @@
-"""The check of the engines that need a GPU: scripts/gpu_check pack|run; see docs/gpu_check.md."""
+"""The check of the engines that need a GPU: scripts/gpu_check pack|compile|run; see docs/gpu_check.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check import places, toolkit, wheels
+from benchmarks.gpu_check import extension, places, toolkit, wheels
 from benchmarks.gpu_check.runner import Result, Runner, Stage, exit_code, sum_up
 
 SECONDS = 540
@@ -64,6 +64,20 @@ def run(asked: Sequence[Stage], every: Sequence[Stage], *, seconds: float, again
     summary = sum_up(runner.results, every, told)
     print(json.dumps(summary), flush=True)
     return exit_code(summary, asked)
+
+
+def compile_ahead(engines: Sequence[str], architecture: str) -> int:
+    """Compile extensions into the folder that is carried to the machine."""
+    major, minor = (int(number) for number in architecture.split("."))
+    for engine in engines:
+        try:
+            parts = extension.compile_ahead(engine, (major, minor), environment())
+        except extension.CannotCompile as error:
+            print(error, file=sys.stderr)
+            return 1
+        for part in parts:
+            print(f"{part.stat().st_size / 10**6:7.2f} MB  {part.name}")
+    return 0
 
 
 def select(names: Sequence[str], every: Sequence[Stage]) -> list[Stage]:
@@ -173,6 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     running.add_argument("names", nargs="*", metavar="STAGE", help="v3, v2, or a stage of one; default: all")
     running.add_argument("--seconds", type=float, default=SECONDS, help="for all; default: %(default)s")
     running.add_argument("--again", action="store_true", help="run what has held before, too")
+    ahead = commands.add_parser("compile", help="compile extensions on a machine without a GPU")
+    ahead.add_argument("engines", nargs="+", choices=list(extension.LIBRARIES))
+    ahead.add_argument("--architecture", default="9.0", help="of the GPU; default: %(default)s, an H100's")
     one = commands.add_parser("stage", help="run one stage in this process")
     one.add_argument("name")
     one.add_argument("--file", type=Path, required=True)
@@ -180,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "pack":
         return pack()
+    if options.command == "compile":
+        return compile_ahead(options.engines, options.architecture)
     from benchmarks.gpu_check.stages import run_stage, stages
 
     if options.command == "stage":

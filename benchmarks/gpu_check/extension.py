@@ -7,12 +7,14 @@ takes as built where it can be imported by its name, is kept in parts that are s
 from __future__ import annotations
 
 import lzma
+import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,11 +23,16 @@ from typing import Any
 
 from benchmarks.gpu_check import places
 from benchmarks.gpu_check.findings import Findings
+from gallama.engines.cuda_extension import clear_lock, import_with_extension
 from gallama.errors import MissingExtra
 
 PART_BYTES = 15 * 2**20
 MOST_PARTS = 3
 """Of each extension: eight files come back in all."""
+
+
+class CannotCompile(Exception):
+    """The extension has not come to be; what the compiler said is printed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ def build(findings: Findings, engine: str) -> None:
     file = places.SITE / f"{library.extension}.so"
     tag = built_for()
     if not file.exists():
-        findings.figure("restored", join_parts(parts(places.BACK, library, tag), file))
+        findings.figure("restored", restore(parts(places.BACK, library, tag), file))
     started = time.monotonic()
     with telling(findings, places.EXTENSIONS / library.extension):
         try:
@@ -66,8 +73,6 @@ def build(findings: Findings, engine: str) -> None:
 
 def import_library(library: Library) -> Any:
     """The module of the extension."""
-    from gallama.engines.cuda_extension import import_with_extension
-
     import_with_extension(library.name)
     return getattr(import_module(f"{library.name}.ext"), library.extension)
 
@@ -98,13 +103,38 @@ def compiled(folder: Path) -> str:
     return f"{len(list(folder.glob('*.o')))} of {len(objects)} files"
 
 
-def built_for() -> str:
-    """What an extension must have been built for to be used here."""
+def built_for(capability: tuple[int, int] | None = None) -> str:
+    """What an extension must have been built for to be used with this Python.
+
+    Args:
+        capability: of the GPU; None: the one that is here.
+    """
     import torch
 
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = capability or torch.cuda.get_device_capability()
     return re.sub(r"[^\w.-]", "_", f"torch{torch.__version__}-{python}-sm{major}{minor}")
+
+
+def compile_ahead(engine: str, capability: tuple[int, int], environment: Mapping[str, str]) -> list[Path]:
+    """Compile an extension where there is no GPU, and put its parts where `build` finds them.
+
+    The library compiles it before it does anything else, and may well break on that there is no GPU later.
+
+    Raises:
+        CannotCompile: it has not come to be.
+    """
+    library = LIBRARIES[engine]
+    file = places.EXTENSIONS / library.extension / f"{library.extension}.so"
+    file.unlink(missing_ok=True)
+    clear_lock(file.with_name("lock"))
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {library.name}.ext"],
+        env={**os.environ, **environment, "TORCH_CUDA_ARCH_LIST": "{}.{}".format(*capability)},
+    )
+    if not file.exists():
+        raise CannotCompile(f"{library.name} has not been compiled: it ended with code {done.returncode}.")
+    return split_in_parts(file, places.BACK, f"{library.extension}-{built_for(capability)}")
 
 
 def split_in_parts(file: Path, folder: Path, name: str, part_bytes: int = PART_BYTES) -> list[Path]:
@@ -125,6 +155,16 @@ def split_in_parts(file: Path, folder: Path, name: str, part_bytes: int = PART_B
 
 def parts(folder: Path, library: Library, tag: str) -> list[Path]:
     return sorted(folder.glob(f"{library.extension}-{tag}.xz.*"))
+
+
+def restore(found: list[Path], file: Path) -> bool:
+    """Make the extension of its parts, unless it cannot be loaded here: then it is compiled as without them."""
+    if not join_parts(found, file):
+        return False
+    done = subprocess.run([sys.executable, "-c", f"import torch, {file.stem}"], cwd=file.parent)
+    if done.returncode:
+        file.unlink()
+    return done.returncode == 0
 
 
 def join_parts(found: list[Path], file: Path) -> bool:
