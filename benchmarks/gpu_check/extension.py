@@ -158,7 +158,7 @@ def parts(folder: Path, library: Library, tag: str) -> list[Path]:
 
 
 def restore(found: list[Path], file: Path) -> bool:
-    """Make the extension of its parts, unless it cannot be loaded here: then it is compiled as without them."""
+    """Make the extension of its parts, unless it cannot be loaded here, and then it is compiled."""
     if not join_parts(found, file):
         return False
     done = subprocess.run([sys.executable, "-c", f"import torch, {file.stem}"], cwd=file.parent)
