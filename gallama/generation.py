@@ -115,6 +115,16 @@ class Vocabulary:
     fingerprint: str
     """Equal for equal vocabularies; a part of cache keys."""
 
+    @property
+    def probe_token_id(self) -> int:
+        """What to compute where it only matters whether anything can be."""
+        return self.end_token_id if self.start_token_id is None else self.start_token_id
+
+    def unused_token_ids(self) -> list[int]:
+        """Ids that no token has, though logits may."""
+        named = {*self.control_tokens.values(), *self.end_token_ids}
+        return [token for token, text in enumerate(self.tokens) if not text and token not in named]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:

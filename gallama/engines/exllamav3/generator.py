@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,10 @@ import numpy as np
 import torch
 from exllamav3 import Job
 
-from gallama.engines.exllamav3.options import MOST_ROWS, PAGE_TOKENS
+from gallama.engines.exllamav3.options import MOST_ROWS
 from gallama.engines.exllamav3.private import TextFilter, TextGenerator, cached_prompt_tokens
 from gallama.engines.exllamav3.sampling import ban, make_sampler
+from gallama.engines.generators.settings import PAGE_TOKENS, whole_pages
 from gallama.engines.generators.text import Text
 from gallama.engines.step_cost import StepCost
 from gallama.errors import ContextLengthExceeded, EngineFailed
@@ -76,9 +76,8 @@ class ExLlamaV3Generator:
         self._options = options
         self._end_token_ids = vocabulary.end_token_ids
         self._vocabulary_size = len(vocabulary.tokens)
-        start = vocabulary.start_token_id
-        self._probe_token_id = vocabulary.end_token_id if start is None else start
-        unused = _unused_tokens(vocabulary)
+        self._probe_token_id = vocabulary.probe_token_id
+        unused = vocabulary.unused_token_ids()
         self._all_tokens = _mask_without(unused, self._vocabulary_size)
         self._ban_unused = ban(unused)
         self._cost = StepCost()
@@ -270,8 +269,7 @@ def leg_tokens(written: int) -> int:
 
     That one is computed by the next leg in any case, which finds all others in whole pages.
     """
-    end = math.ceil((written - 1 + LEG_TOKENS) / PAGE_TOKENS) * PAGE_TOKENS
-    return end + 1 - written
+    return whole_pages(written - 1 + LEG_TOKENS) + 1 - written
 
 
 def leg_seed(sampling: SamplingSettings, answered: int) -> int | None:
@@ -283,12 +281,6 @@ def leg_seed(sampling: SamplingSettings, answered: int) -> int | None:
     if sampling.seed is None:
         return None
     return (sampling.seed % (1 << _SEED_BITS) << _ANSWER_BITS) + answered
-
-
-def _unused_tokens(vocabulary: Vocabulary) -> list[int]:
-    """Ids below the vocabulary's size that no token has."""
-    named = {*vocabulary.control_tokens.values(), *vocabulary.end_token_ids}
-    return [token for token, text in enumerate(vocabulary.tokens) if not text and token not in named]
 
 
 def _mask_without(token_ids: list[int], vocabulary_size: int) -> torch.Tensor:

@@ -12,12 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from gallama.config import ModelSpec
-from gallama.config.model_spec import CACHE_PAGE_TOKENS
 from gallama.engines.extra_arguments import read_extra_arguments
+from gallama.engines.generators.settings import PAGE_TOKENS, check_draft_cache, check_gpus, whole_pages
 from gallama.errors import InvalidConfig, NotEnoughMemory
-
-PAGE_TOKENS = CACHE_PAGE_TOKENS
-"""The library's pages are of the size that our caches are rounded up to."""
 
 MOST_FORCED_DRAFT = 15
 """Tokens of a forced run that are checked in one step: with the token before them, the widest step for which
@@ -115,7 +112,7 @@ def cache_options(
     """The model's cache. Beside what it is to hold, a text needs room for a token and for a draft."""
     texts = max(spec.cache_size or 0, context_length)
     bits = options.cache_bits or _CACHE_BITS[spec.cache_quant or "FP16"]
-    return CacheOptions(_whole_pages(texts + 1 + widest_draft), bits)
+    return CacheOptions(whole_pages(texts + 1 + widest_draft), bits)
 
 
 def draft_cache_options(spec: ModelSpec, cache: CacheOptions, *, context_length: int) -> CacheOptions:
@@ -124,13 +121,7 @@ def draft_cache_options(spec: ModelSpec, cache: CacheOptions, *, context_length:
     Raises:
         InvalidConfig: it is to have another size.
     """
-    texts = max(spec.cache_size or 0, context_length)
-    asked = spec.draft_cache_size
-    if asked is not None and _whole_pages(asked) != _whole_pages(texts):
-        raise InvalidConfig(
-            f"`draft_cache_size` is {asked}; with exllamav3 the draft model's cache has as many tokens as the"
-            f" model's ({texts}). Leave it out."
-        )
+    check_draft_cache(spec, context_length=context_length, backend="exllamav3")
     quant = spec.draft_cache_quant
     return CacheOptions(cache.tokens, cache.bits if quant is None else _CACHE_BITS[quant])
 
@@ -161,14 +152,7 @@ def placement(
         if reserve_gigabytes is not None:
             reserve = reserve_gigabytes * _GIGABYTE / _GIBIBYTE
         return {"reserve_per_device": [reserve] * len(free_bytes)}
-    if not any(gigabytes):
-        raise InvalidConfig(f"`{key}` hides every GPU, but exllamav3 computes on GPUs only.")
-    for index, size in enumerate(gigabytes):
-        if size and index >= len(free_bytes):
-            raise InvalidConfig(
-                f"`{key}` asks for {size:g} GB on GPU {index}, but this process sees {len(free_bytes)} of"
-                " them, counted from 0."
-            )
+    check_gpus(key, gigabytes, seen=len(free_bytes), backend="exllamav3")
     taken = taken_bytes or [0] * len(free_bytes)
     kept = (reserve_gigabytes or 0.0) * _GIGABYTE
     room = [
@@ -182,7 +166,3 @@ def placement(
                 f" {free_bytes[index] / _GIGABYTE:.1f} GB are free there."
             )
     return {"use_per_device": [bytes_left / _GIBIBYTE for bytes_left in room]}
-
-
-def _whole_pages(tokens: int) -> int:
-    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS

@@ -94,7 +94,7 @@ class LlamaCppEngine:
             vocabulary_size=self._model.vocabulary_size,
             context_length=self.context_length,
             end_token_ids=self.vocabulary.end_token_ids,
-            probe_token_id=self._some_token(),
+            probe_token_id=self.vocabulary.probe_token_id,
             jump_forward=options.jump_forward,
             step_seconds=options.prompt_step_ms / 1000,
             draft_tokens=spec.most_draft_tokens,
@@ -134,15 +134,11 @@ class LlamaCppEngine:
 
     def _warm_up(self) -> None:
         """Touch all weights once, so that the first request does not wait for the disk."""
-        token = self._some_token()
+        token = self.vocabulary.probe_token_id
         self._context.warm_up(token)
         if self._drafter is not None:
             self._drafter.draft([Wish("warm-up", [token], 1)])
             self._drafter.forget("warm-up")
-
-    def _some_token(self) -> int:
-        start = self.vocabulary.start_token_id
-        return self.vocabulary.end_token_id if start is None else start
 
 
 def _shelf_tokens(options: LlamaCppOptions, for_context: bindings.ContextOptions) -> int:

@@ -87,17 +87,14 @@ class TransformersEngine:
 
     def _scheduler_options(self, spec: ModelSpec, options: TransformersOptions) -> SchedulerOptions:
         vocabulary = self.vocabulary
-        named = {*vocabulary.control_tokens.values(), *vocabulary.end_token_ids}
-        unused = [token for token, text in enumerate(vocabulary.tokens) if not text and token not in named]
-        start = vocabulary.start_token_id
         return SchedulerOptions(
             slots=spec.max_concurrent_requests,
             batch_tokens=options.n_batch,
             cache_tokens=max(spec.cache_size or 0, self.context_length),
             vocabulary_size=len(vocabulary.tokens),
-            unused_token_ids=unused,
+            unused_token_ids=vocabulary.unused_token_ids(),
             end_token_ids=vocabulary.end_token_ids,
-            probe_token_id=vocabulary.end_token_id if start is None else start,
+            probe_token_id=vocabulary.probe_token_id,
             step_seconds=options.prompt_step_ms / 1000,
         )
 
