@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # A forced run is read as a prompt is, in a leg of its own, where that is done in so many steps less; it holds
 # up each of the others by one.
 _WORTH_A_LEG = 2
+# Tokens of a prompt in a step, times all that they see, where the library cannot do without them all at once.
+_MOST_PAIRS = 2048 * 2048
 
 
 @dataclass(slots=True)
@@ -96,6 +98,8 @@ class PagedGenerator:
         is_reading, computed, start = self._unread() > 0, self._computed(), time.perf_counter()
         self._library.iterate()
         if is_reading and (tokens := self._computed() - computed):
+            # Where nobody writes, the library has only told the GPU what to do; the next step would wait.
+            self._models.wait()
             self._cost.record(tokens, time.perf_counter() - start)
         for leg, text in list(self._legs.items()):
             text.check_drafts(drafted=leg.guessed, accepted=leg.accepted)
@@ -128,6 +132,7 @@ class PagedGenerator:
     def close(self) -> None:
         self._library.end_threads()
         self._legs.clear()
+        self._kept.clear()  # whose legs hold the library's generator, and that the cache
         del self._library
         self._models.close()
 
@@ -159,6 +164,10 @@ class PagedGenerator:
     def _chunk(self) -> int:
         """Tokens of a prompt that are read in a step; fewer while others write. Whole pages."""
         most = self._models.sizes.chunk
+        if not self._models.is_paged and self._legs:
+            # There the library keeps a number for each pair of tokens that see each other.
+            longest = max(leg.length for leg in self._legs)
+            most = min(most, max(_MOST_PAIRS // longest // PAGE_TOKENS, 1) * PAGE_TOKENS)
         if not any(leg.is_writing for leg in self._legs):
             return most
         in_time = self._cost.tokens_within(self._step_seconds) // PAGE_TOKENS * PAGE_TOKENS

@@ -67,6 +67,15 @@ class Models:
         row: NDArray[np.float32] = logits[0, -1].float().cpu().numpy()
         return row
 
+    def wait(self) -> None:
+        """Until the GPUs have computed what they were told to.
+
+        Raises:
+            Whatever broke there.
+        """
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
+
     def free_unused(self) -> None:
         """Give back what nobody holds any more.
 
@@ -74,7 +83,7 @@ class Models:
             Whatever CUDA raises once it computes nothing more in this process.
         """
         gc.collect()
-        torch.cuda.synchronize()
+        self.wait()
         torch.cuda.empty_cache()
 
     def close(self) -> None:
@@ -177,6 +186,9 @@ def read_library_config(path: Path, options: ExLlamaV2Options) -> Any:
     config.scale_alpha_value = options.rope_alpha or config.scale_alpha_value
     config.no_flash_attn = config.no_flash_attn or not options.flash_attn
     config.arch_compat_overrides(quiet=True)
+    # What the library does without flash-attn and xformers: with PyTorch's own attention each token of a
+    # prompt or a draft sees those behind it, for the mask is left out. With plain products it is not.
+    config.no_sdpa = True
     return config
 
 

@@ -48,9 +48,10 @@ class Rotations:
 
     trained_length: int
     is_yarn: bool = False
-    """Whether the library computes them by the longest text."""
+    """Whether the library computes them by the length of its table."""
     short_length: int | None = None
-    """Of a LongRoPE model: all positions have another meaning once the longest text is longer than this."""
+    """Of a LongRoPE model: all positions have another meaning once the longest text is longer than this, and
+    are computed by the length of the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,21 +154,24 @@ def choose_sizes(spec: ModelSpec, options: ExLlamaV2Options, rotations: Rotation
     drafts = choose_drafts(spec, options)
     context_length = choose_context_length(spec, options, rotations, drafts=drafts)
     slots = spec.max_concurrent_requests if paged else 1
-    step = max(options.max_chunk_size, slots * (1 + drafts))
+    texts = _whole_pages(max(spec.cache_size or 0, context_length) + drafts)
+    chunk = min(options.max_chunk_size, texts)
+    step = max(chunk, slots * (1 + drafts))
     positions = max(context_length + drafts, step)
-    if rotations.is_yarn:
+    if rotations.is_yarn or (rotations.short_length is not None and context_length > rotations.short_length):
         positions = max(positions, rotations.trained_length)
-    if rotations.short_length is not None and context_length <= rotations.short_length:
+    elif rotations.short_length is not None:
         positions = min(positions, rotations.short_length)
-    texts = max(spec.cache_size or 0, context_length)
+    step = min(step, positions)
     return Sizes(
         context_length=context_length,
         positions=positions,
         slots=slots,
         drafts=drafts,
-        chunk=min(options.max_chunk_size, positions // PAGE_TOKENS * PAGE_TOKENS),
-        step=min(step, positions),
-        cache=_whole_pages(texts + drafts),
+        chunk=min(chunk, positions // PAGE_TOKENS * PAGE_TOKENS),
+        step=step,
+        # While it loads a model, the library writes a whole step into the cache.
+        cache=max(texts, _whole_pages(step)),
     )
 
 

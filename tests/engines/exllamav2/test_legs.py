@@ -5,6 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+import pytest
+import torch
+
 from gallama.engines.exllamav2.options import LEG_TOKENS
 from gallama.generation import Engine
 from tests.engines.exllamav2.asking import NOISE, Start, generate, generate_all, loaded, written
@@ -40,3 +43,14 @@ async def test_a_text_goes_on_in_a_new_leg_without_computing_anything_twice(
     answer = await generate(engine, [5, 6, 7], max_tokens=LEG_TOKENS + 50)
     assert answer.text == written(engine, ground.greedy([5, 6, 7], LEG_TOKENS + 50))
     assert ground.prompt_tokens_computed <= 2 + 1
+
+
+async def test_a_prompt_that_is_read_alone_is_timed_until_the_gpu_is_done(
+    ground: Ground, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    async with loaded(ground, folder, backend_extra_args={"max_chunk_size": PAGE}) as engine:
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: seen.append("wait"))
+        ground.before_pass = lambda one: seen.append("read" if one.is_prompt else "write")
+        await generate(engine, [7] * 700, max_tokens=3)
+    assert seen[:4] == ["read", "wait", "read", "wait"]

@@ -22,7 +22,7 @@ from gallama.engines.exllamav2.loading import (
 )
 from gallama.engines.exllamav2.options import ExLlamaV2Options, read_options
 from gallama.errors import InvalidConfig, ModelLoadFailed, NotEnoughMemory
-from tests.engines.exllamav2.asking import loaded
+from tests.engines.exllamav2.asking import expected, generate_all, loaded, make_prompts
 from tests.engines.exllamav2.ground import CONTEXT_LENGTH, Ground, save_folder
 
 LLAMA3 = {
@@ -335,3 +335,10 @@ async def test_without_flash_attention_there_is_one_slot_and_a_warning(
 ) -> None:
     await load_and_close(save_folder(tmp_path), backend_extra_args={"flash_attn": False})
     assert "one request at a time" in caplog.text
+
+
+async def test_a_cache_smaller_than_a_step_is_loaded(ground: Ground, folder: Path) -> None:
+    async with loaded(ground, folder, max_seq_len=300, cache_size=512) as engine:
+        prompt = make_prompts(1)[0][:250]
+        [answer] = await generate_all(engine, [prompt], max_tokens=50)
+        assert [answer.text] == expected(ground, engine, [prompt], 50)

@@ -90,7 +90,19 @@ def test_buffers_do_not_make_a_longrope_model_take_its_long_factors() -> None:
         sizes = sizes_of(LONG, max_seq_len=length)
         assert length + sizes.drafts <= sizes.positions <= 4096
         assert sizes.chunk <= sizes.step <= sizes.positions
-    assert sizes_of(LONG, max_seq_len=9000).positions > 9000
+
+
+def test_long_texts_of_a_longrope_model_are_scaled_as_the_longest_that_it_knows() -> None:
+    for length in (5000, 9000, 131_072 - 8):
+        assert sizes_of(LONG, max_seq_len=length).positions == 131_072
+
+
+def test_a_whole_step_finds_room_in_the_cache_however_small_it_is() -> None:
+    for context_length, slots in ((300, 16), (300, 200), (8192, 16)):
+        sizes = sizes_of(PLAIN, max_seq_len=context_length, max_concurrent_requests=slots)
+        assert sizes.cache % 256 == 0
+        assert sizes.cache >= sizes.step >= sizes.chunk >= 256
+        assert sizes.positions >= sizes.step
 
 
 def test_a_text_that_only_drafts_would_make_too_long_for_short_factors_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import math
 import random
@@ -312,8 +311,8 @@ async def test_closing_gives_all_memory_back(ground: Ground, folder: Path, draft
     async with loaded(ground, folder, draft_model_id=str(draft_folder)) as engine:
         await generate_all(engine, make_prompts(5))
         generator, cache = ground.generators[-1], weakref.ref(ground.generator.cache)
+    # Nothing that a later collection of garbage gives back: PyTorch's own memory is emptied before that.
     assert ground.unloads == 2
-    gc.collect()
     assert generator() is None
     assert cache() is None
     assert not [thread for thread in set(threading.enumerate()) - before if "asyncio" not in thread.name]

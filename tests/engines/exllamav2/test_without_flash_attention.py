@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from gallama.engines.exllamav2.loading import read_library_config
+from gallama.engines.exllamav2.options import read_options
 from gallama.errors import GallamaError
 from gallama.generation import Engine
 from tests.engines.exllamav2.asking import (
@@ -25,10 +28,11 @@ from tests.engines.exllamav2.asking import (
     loaded,
     make_prompts,
     raising,
+    spec_for,
     until_idle,
     written,
 )
-from tests.engines.exllamav2.ground import CONTEXT_LENGTH, PAGE, Ground, laid_ground
+from tests.engines.exllamav2.ground import CONTEXT_LENGTH, PAGE, Ground, laid_ground, save_folder
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +111,47 @@ async def test_an_answer_that_nobody_reads_makes_room(ground: Ground, folder: Pa
             prompts = make_prompts(2)
             answers = await generate_all(engine, prompts)
             assert [answer.text for answer in answers] == expected(ground, engine, prompts, 30)
+
+
+@pytest.mark.parametrize("cached", [0, 5])
+def test_no_token_sees_those_behind_it(ground: Ground, folder: Path, cached: int) -> None:
+    """The library's own attention, on the CPU."""
+    config = read_library_config(folder, read_options(spec_for(folder)))
+    model = ground.exllamav2.ExLlamaV2(config)
+    attention = next(
+        module for module in model.modules if isinstance(module, ground.exllamav2.attn.ExLlamaV2Attention)
+    )
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(length: int, heads: int) -> torch.Tensor:
+        return torch.randn(1, length, heads, config.head_dim, generator=generator).half()
+
+    length = 4
+    queries = noise(length, config.num_attention_heads)
+    keys, values = (noise(cached + length, config.num_key_value_heads) for _ in range(2))
+
+    def attend() -> torch.Tensor:
+        params = ground.exllamav2.attn.ExLlamaV2Attention.Params(1, length, cached)
+        attended: torch.Tensor = attention._attn_torch(
+            1, length, queries, keys.clone(), values.clone(), params, config
+        )
+        return attended
+
+    before = attend()
+    keys[:, -1], values[:, -1] = 1, 100
+    after = attend()
+    assert torch.equal(before[:, :-1], after[:, :-1])
+    assert not torch.equal(before[:, -1], after[:, -1])
+
+
+async def test_what_sees_a_long_text_is_read_in_smaller_pieces(ground: Ground, tmp_path: Path) -> None:
+    folder = save_folder(tmp_path, max_position_embeddings=32768)
+    prompt = make_prompts(1, longest=20_000)[0]
+    prompt = [*prompt, *[5] * (20_000 - len(prompt))]
+    async with loaded(ground, folder, cache_size=32768) as engine:
+        await generate(engine, prompt, max_tokens=2)
+        pieces = [one for one in ground.passes if one.is_prompt]
+        assert max(one.length for one in pieces) == PAGE
+        ground.passes.clear()
+        await generate(engine, [9] * 1500, max_tokens=2)
+        assert [one.length for one in ground.passes if one.is_prompt] == [1499]
