@@ -26,6 +26,9 @@ class Draft:
         return 0 if self.are_forced else len(self.token_ids)
 
 
+NO_DRAFT = Draft(())
+
+
 def lay_out(drafts: Sequence[Draft], *, width: int, most: int) -> list[list[int]]:
     """The rectangle, a row for each text, without the token that each is sure of; [] where it is empty.
 

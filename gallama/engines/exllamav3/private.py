@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from exllamav3 import Generator
 
-from gallama.engines.exllamav3.drafts import Draft, common_prefix, lay_out
+from gallama.engines.exllamav3.drafts import NO_DRAFT, Draft, common_prefix, lay_out
 from gallama.engines.generators.text import Text
 
 
@@ -161,7 +161,7 @@ class TextGenerator(Generator):  # type: ignore[misc]
             return Draft(run, are_forced=True)
         if self.ngram_match_min:
             guess = job.get_ngram_draft(min(self.num_draft_tokens, most))[0].tolist()
-        return Draft(guess)
+        return Draft(guess) if guess else NO_DRAFT
 
     def _note_guesses(self, jobs: Sequence[Any], drafts: Sequence[Draft], width: int) -> None:
         for job, draft in zip(jobs, drafts, strict=True):

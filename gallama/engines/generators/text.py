@@ -92,7 +92,7 @@ class Text:
 
     def forced_run(self, most: int) -> list[int]:
         """What must come next, as far as it is known; [] where there is a choice."""
-        return [] if self.outcome is not None else list(islice(self._run, most))
+        return [] if self.outcome is not None or not self._run else list(islice(self._run, most))
 
     def take(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
         """Go on with a token that was chosen by the last mask; nothing, if the text has ended."""
@@ -141,41 +141,44 @@ class Text:
 
     def take_updates(self) -> list[Update]:
         """What is new since the last call, in order; the outcome comes last."""
-        added = list(self._added())
+        added = self._added() if self._taken else []
         if added or isinstance(self.outcome, Ended):
             self.begin(0)
         updates = [*self._begun, *added, *self._checked]
         self._begun, self._checked = [], []
         return updates if self.outcome is None else [*updates, self.outcome]
 
-    def _added(self) -> Iterable[Update]:
+    def _added(self) -> list[Update]:
         """Sampled tokens one by one, forced ones by the run."""
         told = min(len(self._taken), len(self._scores)) if self._keeps_choices else len(self._taken)
-        taken = [self._taken.popleft() for _ in range(told)]
+        added: list[Update] = []
         run: list[int] = []
-        for token, was_forced in taken:
+        for _ in range(told):
+            token, was_forced = self._taken.popleft()
             if was_forced:
                 run.append(token)
                 continue
             if run:
-                yield TokensAdded(tuple(run), were_forced=True)
+                added.append(TokensAdded(tuple(run), were_forced=True))
                 run = []
             logprobs = (self._scores.popleft(),) if self._keeps_choices else ()
-            yield TokensAdded((token,), were_forced=False, logprobs=logprobs)
+            added.append(TokensAdded((token,), were_forced=False, logprobs=logprobs))
         if run:
-            yield TokensAdded(tuple(run), were_forced=True)
+            added.append(TokensAdded(tuple(run), were_forced=True))
+        return added
 
     def _take(self, token_id: int, logprob: TokenLogprob | None) -> None:
         was_forced = bool(self._run)
         if was_forced:
             self._run.popleft()
-        self._guard(partial(self._advance, [token_id]))
-        if self.outcome is not None:
-            return
+        if self._state is not None:
+            self._guard(partial(self._advance, [token_id]))
+            if self.outcome is not None:
+                return
         if logprob is not None:
             self._scores.append(logprob)
         self._add([token_id], were_forced=was_forced)
-        if not self._run:
+        if self._state is not None and not self._run:
             self._guard(self._settle)
 
     def _add(self, token_ids: list[int], *, were_forced: bool) -> None:
