@@ -49,10 +49,11 @@ def find_model(path: Path) -> Path:
     """What to load for a file or folder that exists: a GGUF file, as `find_gguf` finds it, or the folder.
 
     Raises:
-        InvalidConfig: it holds no model.
+        InvalidConfig: it holds no model, or what would keep its readers waiting.
     """
     if not path.is_dir() or _has_gguf(path):
         return find_gguf(path)
+    _check_files(path)
     if (path / CONFIG_FILE).is_file():
         return path
     raise InvalidConfig(f"The folder {path} holds no model: it has no GGUF file, and no {CONFIG_FILE}.")
@@ -229,6 +230,17 @@ def _decode(file: Path, kind: Any) -> Any:
         raise InvalidConfig(f"{file} is no JSON: {error}.") from None
     except RecursionError:
         raise InvalidConfig(f"{file} is nested too deeply.") from None
+
+
+def _check_files(folder: Path) -> None:
+    """See that nobody who opens one of the files waits for ever, as on a pipe: libraries open what is there.
+
+    Raises:
+        InvalidConfig: that would be so.
+    """
+    for file in folder.iterdir():
+        if not file.is_file() and not file.is_dir() and file.exists():
+            raise InvalidConfig(f"{file} is no regular file. Take it out of the folder.")
 
 
 def _has_gguf(folder: Path) -> bool:

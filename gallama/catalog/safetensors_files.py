@@ -42,7 +42,7 @@ def find_weights(folder: Path) -> list[Path]:
     """The safetensors files of a folder, in order.
 
     Raises:
-        InvalidConfig: the folder cannot be read, or one is no file, which some libraries would wait for.
+        InvalidConfig: the folder cannot be read, or one is no file.
     """
     try:
         files = sorted(file for file in folder.glob("*.safetensors") if not file.is_dir())

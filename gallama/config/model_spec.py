@@ -395,7 +395,7 @@ def why_backend_cannot(backend: str, spec: ModelSpec) -> str | None:
             )
     hidden = next((key for key in ("gpus", "draft_gpus") if _hides_all(getattr(spec, key))), None)
     if hidden is not None and backend in _EXLLAMA:
-        return f"`{hidden}` hides all GPUs, and the backend {backend} computes on nothing else; leave `{hidden}` out"
+        return f"`{hidden}` hides all GPUs, and the backend {backend} needs one; leave `{hidden}` out"
     if spec.speculation != "off" and backend not in _BACKENDS_THAT_GUESS_AHEAD:
         return f"the backend {backend} does not guess ahead; leave `speculative` and the draft's keys out"
     return None

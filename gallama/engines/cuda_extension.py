@@ -48,8 +48,7 @@ def import_with_extension(library: str) -> None:
 
     if not torch.cuda.is_available():
         raise InvalidConfig(
-            f"The backend {library} computes on NVIDIA GPUs only, and PyTorch {torch.__version__} sees none"
-            " here. `gpus` may hide them, or it was installed without CUDA."
+            f"The backend {library} computes on NVIDIA GPUs only, and {_why_none(library, torch)}"
         )
     _prepare_compilation(torch)
     with _alone(_choose_folder(), library):
@@ -60,6 +59,22 @@ def import_with_extension(library: str) -> None:
         except Exception as error:  # whatever a compiler, a linker or the library's own code makes of it
             logger.error("Importing %s failed: %s", library, str(error)[-_KEPT_CHARACTERS:])
             raise MissingExtra(_explain(library, error, torch)) from error
+
+
+def _why_none(library: str, torch: Any) -> str:
+    if not _has_cuda(torch):
+        return (
+            f"PyTorch {torch.__version__} was built without CUDA. `gallama setup {library} --recreate`"
+            " installs another one, which PIP_CONSTRAINT and PIP_INDEX_URL choose."
+        )
+    return (
+        f"PyTorch {torch.__version__} sees none here. `gpus` or CUDA_VISIBLE_DEVICES may hide them, or their"
+        f" driver is older than CUDA {torch.version.cuda} wants."
+    )
+
+
+def _has_cuda(torch: Any) -> bool:
+    return torch.version.cuda is not None or torch.version.hip is not None
 
 
 def _explain(library: str, error: Exception, torch: Any) -> str:
@@ -186,6 +201,8 @@ def _what_lacks(library: str) -> str:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
+    if not _has_cuda(torch):
+        return f"CUDA in PyTorch {torch.__version__}; PIP_CONSTRAINT and PIP_INDEX_URL choose another one"
     if not torch.cuda.is_available():
         return "GPU that PyTorch sees"
     has_nvcc = CUDA_HOME is not None or find_spec(f"{library}_ext") is not None

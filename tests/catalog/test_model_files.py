@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -164,12 +165,12 @@ def test_thousands_of_files_are_refused(folder: Path) -> None:
         quantization_of(folder)
 
 
-@pytest.mark.parametrize("method", [EXL3, AWQ, {}])
-def test_weights_that_a_reader_would_wait_for_are_refused(folder: Path, method: dict[str, Any]) -> None:
-    model = quantized(folder, "a.weight", **method)
-    os.mkfifo(folder / "more.safetensors")
-    with pytest.raises(InvalidConfig, match=r"more\.safetensors is no regular file"):
-        estimate_memory(resolve_model({"model_id": str(model)}, ServerConfig()))
+@pytest.mark.parametrize("name", ["more.safetensors", "generation_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("embeds", [False, True])
+def test_a_file_that_a_reader_would_wait_for_is_refused(folder: Path, name: str, embeds: bool) -> None:
+    os.mkfifo(folder / name)
+    with pytest.raises(InvalidConfig, match=f"{re.escape(name)} is no regular file"):
+        backend_of(folder, model_type="embedding" if embeds else "llm")
 
 
 def test_a_link_that_leads_nowhere_is_named(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -105,9 +106,23 @@ def test_a_lock_stays_while_a_compiler_runs_where_it_is(
 def test_where_there_is_no_gpu_nothing_is_compiled() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(
-        InvalidConfig, match=r"some_library computes on NVIDIA GPUs only, and PyTorch .* sees none"
-    ):
+    with pytest.raises(InvalidConfig, match=r"some_library computes on NVIDIA GPUs only, and PyTorch .* "):
+        import_with_extension("some_library")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "told"),
+    [
+        ("13.0", "sees none here. `gpus` or CUDA_VISIBLE_DEVICES may hide them"),
+        (None, "was built without CUDA. `gallama setup some_library --recreate` installs another one"),
+    ],
+)
+def test_a_gpu_that_is_not_seen_is_told_from_a_torch_that_sees_none(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, told: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(InvalidConfig, match=re.escape(told)):
         import_with_extension("some_library")
 
 
@@ -162,7 +177,8 @@ def test_the_program_that_setup_runs_tells_what_lacks() -> None:
         command, env={"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (CANNOT_COMPILE_HERE, "")
-    assert done.stderr == "That cannot be done here: there is no GPU that PyTorch sees.\n"
+    lacking = "GPU that PyTorch sees" if torch.version.cuda else f"CUDA in PyTorch {torch.__version__}"
+    assert done.stderr.startswith(f"That cannot be done here: there is no {lacking}")
 
 
 def test_what_is_imported_already_is_not_compiled() -> None:
