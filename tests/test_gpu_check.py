@@ -26,9 +26,10 @@ from benchmarks.gpu_check.checks import check_broken_step, check_cancelling, che
 from benchmarks.gpu_check.findings import Findings, read_findings
 from benchmarks.gpu_check.libraries import LOOPS, break_a_step, break_next_call
 from benchmarks.gpu_check.load import Written, problem_with, works
-from benchmarks.gpu_check.runner import Runner, Stage, exit_code, sum_up
+from benchmarks.gpu_check.runner import Runner, Stage, exit_code, sum_up, tail
 from benchmarks.gpu_check.speed import Load, Ours, Turn, measure, to_rows
 from benchmarks.gpu_check.stages import load_engine, read_report, stages
+from gallama.errors import MissingExtra
 from gallama.generation import Engine
 
 ROOT = Path(__file__).parents[1]
@@ -162,6 +163,29 @@ class TestExtensions:
             written = extension.split_in_parts(file, tmp_path, file.stem)
             file.unlink()
             assert extension.restore(written, file) == file.exists() == (file == good)
+
+    def test_that_do_not_compile_leave_all_that_the_compiler_said(
+        self,
+        tmp_path: Path,
+        findings: Findings,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        """Files that are compiled beside the one that broke print their long commands after its errors."""
+        said = "a.cu(3): error: no such thing\n" + "[2/9] nvcc with all of its flags\n" * 5000
+
+        def break_on_compiling(library: extension.Library) -> None:
+            raise MissingExtra("it cannot be compiled") from RuntimeError(said)
+
+        monkeypatch.setattr(places, "SITE", tmp_path)
+        monkeypatch.setattr(places, "BACK", tmp_path)
+        monkeypatch.setattr(extension, "built_for", lambda: "here")
+        monkeypatch.setattr(extension, "import_library", break_on_compiling)
+        with pytest.raises(MissingExtra):
+            extension.build(findings, "v3")
+        log = tmp_path / "v3.build.log"
+        log.write_text(capfd.readouterr().out)
+        assert tail(log).startswith("a.cu(3): error: no such thing\n")
 
     def test_are_compiled_ahead_though_the_library_breaks_without_a_gpu(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
