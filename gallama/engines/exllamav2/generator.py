@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from gallama.engines.exllamav2.library import Leg, LegGenerator
 from gallama.engines.exllamav2.loading import Models
-from gallama.engines.exllamav2.options import LEG_TOKENS, PAGE_TOKENS
+from gallama.engines.exllamav2.options import LEG_TOKENS
 from gallama.engines.exllamav2.sampling import Sampler
+from gallama.engines.generators.settings import PAGE_TOKENS
 from gallama.engines.generators.text import Text
 from gallama.engines.logits import log_probabilities
 from gallama.engines.processor_cores import usable_cores
@@ -60,10 +61,7 @@ class PagedGenerator:
         self.context_length = models.sizes.context_length
         self._models = models
         self._vocabulary = vocabulary
-        named = {*vocabulary.control_tokens.values(), *vocabulary.end_token_ids}
-        self._unused = [
-            token for token, text in enumerate(vocabulary.tokens) if not text and token not in named
-        ]
+        self._unused = vocabulary.unused_token_ids()
         self._step_seconds = step_seconds
         self._cost = StepCost()
         self._legs: dict[Leg, Text] = {}
@@ -117,7 +115,7 @@ class PagedGenerator:
 
     def probe(self) -> None:
         if not self._models.is_tensor_parallel:
-            self._check_numbers(self._models.logits_without_cache(self._some_token()))
+            self._check_numbers(self._models.logits_without_cache(self._vocabulary.probe_token_id))
             return
         # There the library computes nothing without its cache, of which this takes the oldest page.
         try:
@@ -253,7 +251,7 @@ class PagedGenerator:
             return self._vocabulary.end_token_id, True
 
         leg = Leg(
-            [self._some_token()],
+            [self._vocabulary.probe_token_id],
             most_tokens=1 + self._models.sizes.drafts,
             choose=keep,
             forced_run=lambda most: [],
@@ -266,10 +264,6 @@ class PagedGenerator:
     def _check_numbers(self, logits: NDArray[np.float32]) -> None:
         if not np.isfinite(logits[: len(self._vocabulary.tokens)].max()):
             raise EngineFailed("The model computes no numbers.")
-
-    def _some_token(self) -> int:
-        start = self._vocabulary.start_token_id
-        return self._vocabulary.end_token_id if start is None else start
 
 
 def _goes_on(text: Text) -> bool:

@@ -26,12 +26,12 @@ from gallama.engines.exllamav2.options import (
     Placement,
     Rotations,
     Sizes,
-    check_draft_cache,
     choose_sizes,
     place,
     split_by_hand,
     split_of_layers,
 )
+from gallama.engines.generators.settings import check_draft_cache
 from gallama.errors import GallamaError, InvalidConfig, ModelLoadFailed, NotEnoughMemory
 from gallama.generation import ReportProgress
 
@@ -143,7 +143,7 @@ def load_models(
     configs = [config] if draft_config is None else [config, draft_config]
     is_paged = _can_page(configs)
     sizes = choose_sizes(spec, options, rotations(config), paged=is_paged)
-    check_draft_cache(spec, context_length=sizes.context_length)
+    check_draft_cache(spec, context_length=sizes.context_length, backend="exllamav2")
     for each in configs:
         _apply(sizes, each)
     if spec.tp:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pydantic import BaseModel, Field
 
 from gallama.config import ModelSpec
-from gallama.config.model_spec import CACHE_PAGE_TOKENS
 from gallama.engines.extra_arguments import read_extra_arguments
+from gallama.engines.generators.settings import PAGE_TOKENS, check_gpus, whole_pages
 from gallama.errors import InvalidConfig
 
-PAGE_TOKENS = CACHE_PAGE_TOKENS
-"""The library's pages are of the size that our caches are rounded up to."""
 LEG_TOKENS = 512
 """Tokens that an answer grows by before it makes room for others that wait."""
 MOST_FORCED_DRAFT = 8
@@ -154,7 +152,7 @@ def choose_sizes(spec: ModelSpec, options: ExLlamaV2Options, rotations: Rotation
     drafts = choose_drafts(spec, options)
     context_length = choose_context_length(spec, options, rotations, drafts=drafts)
     slots = spec.max_concurrent_requests if paged else 1
-    texts = _whole_pages(max(spec.cache_size or 0, context_length) + drafts)
+    texts = whole_pages(max(spec.cache_size or 0, context_length) + drafts)
     chunk = min(options.max_chunk_size, texts)
     step = max(chunk, slots * (1 + drafts))
     positions = max(context_length + drafts, step)
@@ -171,21 +169,8 @@ def choose_sizes(spec: ModelSpec, options: ExLlamaV2Options, rotations: Rotation
         chunk=min(chunk, positions // PAGE_TOKENS * PAGE_TOKENS),
         step=step,
         # While it loads a model, the library writes a whole step into the cache.
-        cache=max(texts, _whole_pages(step)),
+        cache=max(texts, whole_pages(step)),
     )
-
-
-def check_draft_cache(spec: ModelSpec, *, context_length: int) -> None:
-    """
-    Raises:
-        InvalidConfig: the draft model's cache is to have another size than the model's.
-    """
-    asked, texts = spec.draft_cache_size, max(spec.cache_size or 0, context_length)
-    if asked is not None and _whole_pages(asked) != _whole_pages(texts):
-        raise InvalidConfig(
-            f"`draft_cache_size` is {asked}; with exllamav2 the draft model's cache has as many tokens as the"
-            f" model's ({texts}). Leave it out."
-        )
 
 
 def place(
@@ -210,14 +195,7 @@ def place(
     least = [max(kept, _LEAST_RESERVE_BYTES[min(index, 1)]) for index in range(len(free_bytes))]
     if isinstance(gigabytes, str):
         return Placement(reserve_bytes=tuple(least))
-    if not any(gigabytes):
-        raise InvalidConfig(f"`{key}` hides every GPU, but exllamav2 computes on GPUs only.")
-    for index, size in enumerate(gigabytes):
-        if size and index >= len(free_bytes):
-            raise InvalidConfig(
-                f"`{key}` asks for {size:g} GB on GPU {index}, but this process sees {len(free_bytes)} of"
-                " them, counted from 0."
-            )
+    check_gpus(key, gigabytes, seen=len(free_bytes), backend="exllamav2")
     sizes = [*gigabytes[: len(free_bytes)], *[0.0] * (len(free_bytes) - len(gigabytes))]
     return Placement(
         reserve_bytes=tuple(
@@ -251,7 +229,3 @@ def split_of_layers(placement: Placement, free_bytes: Sequence[int]) -> list[flo
             "`tp` splits each layer over several GPUs, but only one may be used. Leave it out."
         )
     return split
-
-
-def _whole_pages(tokens: int) -> int:
-    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS

@@ -8,7 +8,6 @@ from gallama.config import ModelSpec
 from gallama.engines.exllamav2.options import (
     Rotations,
     Sizes,
-    check_draft_cache,
     choose_sizes,
     place,
     read_options,
@@ -115,14 +114,6 @@ def test_a_text_that_only_drafts_would_make_too_long_for_short_factors_is_refuse
 def test_a_yarn_model_keeps_its_own_length_for_its_rotations() -> None:
     yarn = Rotations(trained_length=131_072, is_yarn=True)
     assert sizes_of(yarn, max_seq_len=1000).positions == 131_072
-
-
-def test_the_draft_models_cache_is_as_large_as_the_models() -> None:
-    drafting = {"draft_model_id": "d", "cache_size": 8192}
-    check_draft_cache(spec(**drafting), context_length=4096)
-    check_draft_cache(spec(**drafting, draft_cache_size=8192), context_length=4096)
-    with pytest.raises(InvalidConfig, match=r"`draft_cache_size` is 4096.*8192"):
-        check_draft_cache(spec(**drafting, draft_cache_size=4096), context_length=4096)
 
 
 def test_gigabytes_leave_the_rest_of_a_gpu_free() -> None:
