@@ -19,14 +19,13 @@ import torch
 from gallama.conversation import ConstraintKind
 from gallama.errors import GallamaError, UnsupportedValue
 from gallama.generation import Engine, SamplingSettings
+from tests.engines.asking import Breaking, Observed, until, until_idle
 from tests.engines.exllamav2.asking import (
     CALL_SCHEMA,
     ENDLESS,
     GREEDY,
     NOISE,
     SLOTS,
-    Breaking,
-    Observed,
     Start,
     expected,
     generate,
@@ -34,8 +33,6 @@ from tests.engines.exllamav2.asking import (
     is_call,
     loaded,
     make_prompts,
-    until,
-    until_idle,
     written,
 )
 from tests.engines.exllamav2.ground import (

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from gallama.generation import Engine, SamplingSettings
+from tests.engines.asking import Observed, until_idle
 from tests.engines.exllamav2.asking import (
     NOISE,
-    Observed,
     Start,
     expected,
     generate,
@@ -23,7 +23,6 @@ from tests.engines.exllamav2.asking import (
     loaded,
     make_prompts,
     raising,
-    until_idle,
     written,
 )
 from tests.engines.exllamav2.ground import CONTEXT_LENGTH, Ground, Pass, save_folder

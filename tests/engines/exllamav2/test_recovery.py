@@ -16,13 +16,13 @@ import torch
 
 from gallama.errors import GallamaError, NotEnoughMemory, WorkerUnavailable
 from gallama.generation import Engine, SamplingSettings
+from tests.engines.asking import Observed, until_idle
 from tests.engines.exllamav2.asking import (
     CALL_SCHEMA,
     ENDLESS,
     NOISE,
     POISON,
     SLOTS,
-    Observed,
     Pause,
     Start,
     expected,
@@ -34,7 +34,6 @@ from tests.engines.exllamav2.asking import (
     loaded,
     make_prompts,
     raising,
-    until_idle,
     written,
 )
 from tests.engines.exllamav2.ground import (

@@ -14,10 +14,10 @@ from gallama.engines.exllamav2.loading import read_library_config
 from gallama.engines.exllamav2.options import read_options
 from gallama.errors import GallamaError
 from gallama.generation import Engine
+from tests.engines.asking import Observed, until_idle
 from tests.engines.exllamav2.asking import (
     NOISE,
     POISON,
-    Observed,
     Pause,
     Start,
     expected,
@@ -29,7 +29,6 @@ from tests.engines.exllamav2.asking import (
     make_prompts,
     raising,
     spec_for,
-    until_idle,
     written,
 )
 from tests.engines.exllamav2.ground import CONTEXT_LENGTH, PAGE, Ground, laid_ground, save_folder

@@ -17,11 +17,10 @@ from gallama.conversation import ConstraintKind
 from gallama.engines.generators.engine import GeneratorEngine
 from gallama.errors import UnsupportedValue
 from gallama.generation import SamplingSettings, State
+from tests.engines.asking import Answer, Observed, until_idle
 from tests.engines.exllamav3.asking import (
     ENDLESS,
     GREEDY,
-    Answer,
-    Observed,
     ask,
     expect,
     expect_endless,
@@ -29,7 +28,6 @@ from tests.engines.exllamav3.asking import (
     request_for,
     start_state,
     text_of,
-    until_idle,
 )
 from tests.engines.exllamav3.conftest import LoadEngine
 from tests.engines.exllamav3.ground import CONTEXT_LENGTH, PAGE, Ground, save_model

@@ -17,18 +17,16 @@ from gallama.constraints import LLGuidanceBackend
 from gallama.engines.generators.engine import GeneratorEngine
 from gallama.errors import EngineFailed, GallamaError, NotEnoughMemory, WorkerUnavailable
 from gallama.generation import SamplingSettings
+from tests.engines.asking import Breaking, Observed, until_idle
 from tests.engines.exllamav3.asking import (
     ENDLESS,
     GREEDY,
-    Failing,
-    Observed,
     ask,
     expect_endless,
     prompts,
     request_for,
     start_state,
     text_of,
-    until_idle,
 )
 from tests.engines.exllamav3.conftest import LoadEngine
 from tests.engines.exllamav3.ground import CONTEXT_LENGTH, PAGE, Ground
@@ -179,7 +177,7 @@ async def test_a_grammar_that_breaks_fails_its_text_alone(
         for n in range(3, 6)
     ]
     with pytest.raises(GallamaError):
-        await ask(engine, [8, 9], state=Failing(start_state(backend, "regex", PATTERN), behind))
+        await ask(engine, [8, 9], state=Breaking(start_state(backend, "regex", PATTERN), "mask", behind))
     assert all(re.fullmatch(PATTERN, answer.text) for answer in await asyncio.gather(*others))
     assert await is_as_new(ground, engine)
 
