@@ -89,7 +89,7 @@ class _Loading:
         cache = self._make_cache(model, for_cache, widest)
         draft_model, draft_cache = self._load_draft(for_cache, length)
         self._load_model(model, cache, draft_model, widest)
-        self._warm_up(model, cache, widest)
+        self._warm_up(model, cache, widest, self._reported(_PART_OF_WEIGHTS, 1.0))
         generator = ExLlamaV3Generator(
             Models(
                 model=model,
@@ -143,6 +143,7 @@ class _Loading:
                 max_batch_size=spec.max_concurrent_requests,
                 callback=self._reported(0.0, _PART_OF_DRAFT),
             )
+            self._warm_up(model, cache, spec.most_draft_tokens)
         return model, cache
 
     def _draft_gigabytes(self) -> tuple[str, str | tuple[float, ...]]:
@@ -193,7 +194,7 @@ class _Loading:
             **kind,
         )
 
-    def _warm_up(self, model: Any, cache: Any, widest: int) -> None:
+    def _warm_up(self, model: Any, cache: Any, widest: int, report: Any = None) -> None:
         """Compile and tune what the first requests would wait for otherwise."""
         if not self._options.warm_up:
             return
@@ -202,7 +203,7 @@ class _Loading:
             max_chunk_size=self._options.max_chunk_size,
             max_batch_size=min(self._spec.max_concurrent_requests, _WARM_UP_ROWS),
             max_q_len=1 + widest,
-            callback=self._reported(_PART_OF_WEIGHTS, 1.0),
+            callback=report,
         )
         if failures:
             logger.warning("parts of the warm-up failed: %s", "; ".join(failures))

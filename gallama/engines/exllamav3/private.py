@@ -179,18 +179,18 @@ class TextGenerator(Generator):  # type: ignore[misc]
             self._read_by_draft_model[job] = min(read, before.get(job, read))
 
     def _read_again(self, sequence: Any, start: int) -> None:
-        """Let the draft model read what was taken in place of its guesses."""
-        if start >= sequence.kv_position:
-            return
-        self.draft_model.prefill(
-            sequence.sequence_ids.torch_slice(start, sequence.kv_position),
-            {
-                "attn_mode": "flash_attn",
-                "block_table": sequence.block_index_tensor,
-                "cache": self.draft_cache,
-                "cache_seqlens": torch.tensor([start], dtype=torch.int32),
-            },
-        )
+        """Let the draft model read what was taken in place of its guesses, chunk by chunk."""
+        for begin in range(start, sequence.kv_position, self.max_chunk_size):
+            end = min(begin + self.max_chunk_size, sequence.kv_position)
+            self.draft_model.prefill(
+                sequence.sequence_ids.torch_slice(begin, end),
+                {
+                    "attn_mode": "flash_attn",
+                    "block_table": sequence.block_index_tensor,
+                    "cache": self.draft_cache,
+                    "cache_seqlens": torch.tensor([begin], dtype=torch.int32),
+                },
+            )
 
 
 def penalize_answer_only(step: Any, prompt_length: int) -> Any:

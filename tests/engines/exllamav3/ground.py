@@ -63,6 +63,8 @@ class Ground:
     """(texts, tokens of each) of the main model's passes over the cache."""
     tokens_read: int = 0
     """Of prompts, by the main model."""
+    longest_read: int = 0
+    """Tokens that a pass has read at once, of the main model or a draft model."""
     loads: list[dict[str, Any]] = field(default_factory=list)
     """The arguments of each `Model.load`."""
     threads: set[int] = field(default_factory=set)
@@ -90,7 +92,7 @@ class Ground:
         self.before_forward = self.before_prefill = self.is_spoiled = self.load_error = None
         self.scripts.clear()
         self.forwards.clear()
-        self.tokens_read = 0
+        self.tokens_read = self.longest_read = 0
         self.loads.clear()
 
     def greedy(
@@ -390,6 +392,7 @@ def _prefill(self: Any, input_ids: Any, params: dict[str, Any] | None = None) ->
     ground.threads.add(threading.get_ident())
     params = {} if params is None else params
     input_ids = self.prepare_inputs(input_ids, params)
+    ground.longest_read = max(ground.longest_read, input_ids.shape[-1])
     if not _is_draft(self):
         if ground.before_prefill is not None:
             ground.before_prefill(input_ids[0].tolist())

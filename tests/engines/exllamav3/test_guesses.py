@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from gallama.constraints import LLGuidanceBackend
 from tests.engines.exllamav3.asking import ENDLESS, ask, expect_endless, start_state
 from tests.engines.exllamav3.conftest import LoadEngine
-from tests.engines.exllamav3.ground import Ground, save_model
+from tests.engines.exllamav3.ground import CONTEXT_LENGTH, Ground, save_model
 
 
 async def test_a_draft_model_goes_on_from_what_a_grammar_has_forced(
@@ -53,3 +55,22 @@ async def test_a_draft_model_catches_up_with_what_was_written_in_too_large_a_com
     last, *_ = await asyncio.gather(ask(engine, [4, 4], sampling=ENDLESS, max_tokens=150), *short)
     assert last.text == expect_endless(ground, engine, [4, 4], 150)
     assert last.accepted > 60
+
+
+async def test_what_a_draft_model_catches_up_with_is_read_in_chunks(
+    ground: Ground, load: LoadEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = save_model(tmp_path, is_draft=True)
+    monkeypatch.setattr("gallama.engines.exllamav3.generator.MOST_ROWS", 2)
+    engine = load(
+        max_concurrent_requests=2,
+        cache_size=2 * CONTEXT_LENGTH,
+        draft_model_id=str(draft),
+        backend_extra_args={"max_chunk_size": 512},
+    )
+    ground.forget()
+    other = ask(engine, [5, 7], sampling=ENDLESS, max_tokens=600)
+    last, _ = await asyncio.gather(ask(engine, [4, 4], sampling=ENDLESS, max_tokens=640), other)
+    assert last.text == expect_endless(ground, engine, [4, 4], 640)
+    assert last.accepted > 15
+    assert ground.longest_read == 512

@@ -152,6 +152,21 @@ def test_what_the_library_prints_is_kept_from_standard_output(
     assert "something" in printed.err
 
 
+def test_the_draft_model_is_warmed_up_before_the_model_is_loaded(
+    ground: Ground, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm_up = ground.library.Model.warmup
+    loaded: list[int] = []
+
+    def note_and_warm_up(*arguments: Any, **named: Any) -> Any:
+        loaded.append(len(ground.loads))
+        return warm_up(*arguments, **named)
+
+    monkeypatch.setattr(ground.library.Model, "warmup", note_and_warm_up)
+    load_and_close(folder, draft_model_id=str(save_model(tmp_path, voice=1, is_draft=True)))
+    assert loaded == [1, 2]
+
+
 def test_the_context_is_that_of_the_model_s_config(ground: Ground, folder: Path) -> None:
     assert load_and_close(folder) == 1024
     assert load_and_close(folder, max_seq_len=700) == 700
