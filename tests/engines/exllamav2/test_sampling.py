@@ -105,7 +105,7 @@ def random_settings(rng: random.Random, size: int) -> SamplingSettings:
 
 
 def test_the_distribution_is_that_of_transformers_with_any_settings() -> None:
-    rng, size, count = random.Random(0), 24, 1500
+    rng, size, count = random.Random(0), 24, 600
     numbers = np.random.default_rng(0)
     for _ in range(40):
         settings = random_settings(rng, size)
