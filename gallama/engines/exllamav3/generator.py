@@ -116,7 +116,6 @@ class ExLlamaV3Generator:
         self._forget(text.leg)
 
     def step(self) -> None:
-        self._generator.read_beside_writers(self._chunk())
         start = time.perf_counter()
         try:
             results = self._generator.iterate()
@@ -217,6 +216,7 @@ class ExLlamaV3Generator:
         writers = len({result["job"] for result in results if result["stage"] == "streaming"})
         if read and writers and self._writers:
             self._cost.record(read + writers, seconds)
+            self._generator.read_beside_writers(self._chunk())
         self._writers = writers
 
     def _read_more(self, result: dict[str, Any]) -> int:
