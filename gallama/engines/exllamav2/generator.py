@@ -92,13 +92,10 @@ class PagedGenerator:
         self._legs.pop(leg, None)
 
     def step(self) -> None:
-        self._library.max_chunk_size = self._chunk()
-        is_reading, computed, start = self._unread() > 0, self._computed(), time.perf_counter()
-        self._library.iterate()
-        if is_reading and (tokens := self._computed() - computed):
-            # Where nobody writes, the library has only told the GPU what to do; the next step would wait.
-            self._models.wait()
-            self._cost.record(tokens, time.perf_counter() - start)
+        if self._unread():
+            self._read_in_time()
+        else:
+            self._library.iterate()
         for leg, text in list(self._legs.items()):
             text.check_drafts(drafted=leg.guessed, accepted=leg.accepted)
             if leg.is_over:
@@ -170,6 +167,16 @@ class PagedGenerator:
             return most
         in_time = self._cost.tokens_within(self._step_seconds) // PAGE_TOKENS * PAGE_TOKENS
         return min(max(in_time, PAGE_TOKENS), most)
+
+    def _read_in_time(self) -> None:
+        """A step in which prompts are read, by as much as there is time for."""
+        self._library.max_chunk_size = self._chunk()
+        computed, start = self._computed(), time.perf_counter()
+        self._library.iterate()
+        if tokens := self._computed() - computed:
+            # Where nobody writes, the library has only told the GPU what to do; the next step would wait.
+            self._models.wait()
+            self._cost.record(tokens, time.perf_counter() - start)
 
     def _unread(self) -> int:
         return sum(leg.unread for leg in self._legs)

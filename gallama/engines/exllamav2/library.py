@@ -58,9 +58,9 @@ class Leg(ExLlamaV2DynamicJob):  # type: ignore[misc]
         self.guessed = 0
         """Tokens that were guessed ahead for it in the last step."""
 
-    def receive_logits(self, logits: torch.Tensor) -> tuple[torch.Tensor, Any, Any, torch.Tensor, bool]:
+    def receive_logits(self, logits: torch.Tensor) -> tuple[torch.Tensor, Any, Any, Any, bool]:
         token, is_last = self._choose_token(self, logits[0, 0].numpy())
-        return torch.tensor([[token]]), none_tensor, none_tensor, torch.ones((1, 1)), is_last
+        return torch.tensor([[token]]), none_tensor, none_tensor, none_tensor, is_last
 
     @property
     def is_over(self) -> bool:

@@ -293,7 +293,7 @@ def check_tensor_parallel(config: Any, quantization: str | None, *, is_paged: bo
         "EXL2 weights only": quantization != "exl2",
         "no experts": bool(config.num_experts and config.num_experts > 1),
         "no norms of queries and keys": bool(config.use_qk_norm),
-        "no sliding window": bool(config.sliding_window and (language.swa or language.alternating_swa)),
+        "no sliding window": bool(_sliding_window(config)),
         "an intermediate size that 128 divides": config.intermediate_size % 128 != 0,
         "flash-attn only": not is_paged,
     }
@@ -303,6 +303,27 @@ def check_tensor_parallel(config: Any, quantization: str | None, *, is_paged: bo
             f"`tp` is true, but tensor parallelism in exllamav2 knows {problem}. Leave it out: layers go onto"
             " the GPUs one after the other then."
         )
+
+
+def check_sliding_window(config: Any, sizes: Sizes, *, is_paged: bool) -> None:
+    """
+    Raises:
+        InvalidConfig: texts may be longer than what some layers see of them, which the library computes
+            wrongly without flash-attn: it takes the last token's window for all tokens of a prompt.
+    """
+    window = _sliding_window(config)
+    if not is_paged and window and sizes.context_length + sizes.drafts > window:
+        raise InvalidConfig(
+            f"`max_seq_len` is {sizes.context_length}, but layers of this model see {window} tokens, and"
+            " without flash-attn exllamav2 computes longer texts wrongly. Add it by `gallama setup exllamav2 --with"
+            f" flash-attn`, or set `max_seq_len` to {window - sizes.drafts} at most."
+        )
+
+
+def _sliding_window(config: Any) -> int:
+    """Tokens that some layers see; 0: all see the whole text."""
+    language = config.arch.lm
+    return int(config.sliding_window or 0) if language.swa or language.alternating_swa else 0
 
 
 def _can_page(configs: Sequence[Any]) -> bool:

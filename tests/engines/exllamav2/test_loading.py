@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,14 @@ import torch
 from gallama.config import ModelSpec
 from gallama.engines import exllamav2
 from gallama.engines.exllamav2.loading import (
+    check_sliding_window,
     check_tensor_parallel,
     naming,
     prints_in_log,
     read_library_config,
     rotations,
 )
-from gallama.engines.exllamav2.options import ExLlamaV2Options, read_options
+from gallama.engines.exllamav2.options import ExLlamaV2Options, Rotations, choose_sizes, read_options
 from gallama.errors import InvalidConfig, ModelLoadFailed, NotEnoughMemory
 from tests.engines.exllamav2.asking import expected, generate_all, loaded, make_prompts
 from tests.engines.exllamav2.ground import CONTEXT_LENGTH, Ground, save_folder
@@ -342,3 +344,14 @@ async def test_a_cache_smaller_than_a_step_is_loaded(ground: Ground, folder: Pat
         prompt = make_prompts(1)[0][:250]
         [answer] = await generate_all(engine, [prompt], max_tokens=50)
         assert [answer.text] == expected(ground, engine, [prompt], 50)
+
+
+@pytest.mark.parametrize(("max_seq_len", "is_computed"), [(1016, True), (1017, False)])
+def test_texts_longer_than_a_sliding_window_need_flash_attention(max_seq_len: int, is_computed: bool) -> None:
+    asked = ModelSpec.model_validate({"model_id": "m", "backend": "exllamav2", "max_seq_len": max_seq_len})
+    sizes = choose_sizes(asked, read_options(asked), Rotations(trained_length=8192), paged=False)
+    model = model_to_split(sliding_window=1024, alternating_swa=True)
+    check_sliding_window(model, sizes, is_paged=True)
+    check_sliding_window(model_to_split(sliding_window=1024), sizes, is_paged=False)
+    with nullcontext() if is_computed else pytest.raises(InvalidConfig, match="to 1016 at most"):
+        check_sliding_window(model, sizes, is_paged=False)
