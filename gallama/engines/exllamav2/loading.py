@@ -315,8 +315,8 @@ def check_sliding_window(config: Any, sizes: Sizes, *, is_paged: bool) -> None:
     if not is_paged and window and sizes.context_length + sizes.drafts > window:
         raise InvalidConfig(
             f"`max_seq_len` is {sizes.context_length}, but layers of this model see {window} tokens, and"
-            " without flash-attn exllamav2 computes longer texts wrongly. Add it by `gallama setup exllamav2 --with"
-            f" flash-attn`, or set `max_seq_len` to {window - sizes.drafts} at most."
+            " without flash-attn exllamav2 computes longer texts wrongly. Add it by `gallama setup exllamav2"
+            f" --with flash-attn`, or set `max_seq_len` to {window - sizes.drafts} at most."
         )
 
 
