@@ -238,9 +238,12 @@ def _check_files(folder: Path) -> None:
     Raises:
         InvalidConfig: that would be so.
     """
-    for file in folder.iterdir():
-        if not file.is_file() and not file.is_dir() and file.exists():
-            raise InvalidConfig(f"{file} is no regular file. Take it out of the folder.")
+    try:
+        for file in folder.iterdir():
+            if not file.is_file() and not file.is_dir() and file.exists():
+                raise InvalidConfig(f"{file} is no regular file. Take it out of the folder.")
+    except OSError as error:
+        raise InvalidConfig(f"The folder {folder} cannot be read: {error.strerror}.") from None
 
 
 def _has_gguf(folder: Path) -> bool:

@@ -20,6 +20,8 @@ _LENGTH_BYTES = 8
 _MOST_HEAD_BYTES = 16 * 2**20
 _MOST_BYTES_OF_ALL_HEADS = 64 * 2**20
 _MOST_FILES = 4096
+_CUT_BYTES = 2**18
+_BETWEEN_MEMBERS = b'},"'
 
 _Place = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -73,7 +75,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise InvalidConfig(
                 f"The heads of the weights in {folder} have more than {_MOST_BYTES_OF_ALL_HEADS} bytes."
             )
-        yield from _read_descriptions(head).items()
+        yield from _describe(head).items()
 
 
 def _read_head(path: Path) -> bytes:
@@ -90,10 +92,31 @@ def _read_head(path: Path) -> bytes:
         raise InvalidConfig(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _read_descriptions(head: bytes) -> dict[str, Tensor]:
+def _describe(head: bytes) -> dict[str, Tensor]:
     try:
-        described = msgspec.json.decode(head, type=dict[str, msgspec.Raw])
-        described.pop("__metadata__", None)
-        return {name: _DECODER.decode(raw) for name, raw in described.items()}
+        described: dict[str, Tensor] = {}
+        for part in _cut(head.strip()):
+            described |= {name: _DECODER.decode(raw) for name, raw in part.items() if name != "__metadata__"}
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
+    return described
+
+
+def _cut(head: bytes) -> Iterator[dict[str, msgspec.Raw]]:
+    """The members of an object, some at a time: nothing else runs in this process while one is decoded.
+
+    Raises:
+        msgspec.DecodeError: it is no object.
+    """
+    start = 1
+    while (end := head.find(_BETWEEN_MEMBERS, start + _CUT_BYTES)) >= 0:
+        try:
+            yield _decode_members(b"{" + head[start : end + 1] + b"}")
+        except msgspec.DecodeError:  # it stands inside of a member: such an object is not cut
+            break
+        start = end + 2
+    yield _decode_members(head[:1] + head[start:])
+
+
+def _decode_members(text: bytes) -> dict[str, msgspec.Raw]:
+    return msgspec.json.decode(text, type=dict[str, msgspec.Raw])

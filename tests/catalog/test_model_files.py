@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 from gallama.catalog import resolve_model
 from gallama.catalog.memory_need import TORCH_PROCESS_BYTES, estimate_memory
 from gallama.catalog.model_files import quantization_of
+from gallama.catalog.safetensors_files import read_tensors
 from gallama.config import ServerConfig, parse_model_argument
 from gallama.errors import InvalidConfig
 
@@ -130,6 +132,28 @@ def test_where_no_config_says_it_names_of_tensors_do(
 )
 def test_a_file_that_is_none_tells_nothing(folder: Path, head: bytes) -> None:
     (folder / "model.safetensors").write_bytes(head)
+    assert quantization_of(folder) is None
+
+
+@pytest.mark.parametrize("note", ["", '},"a.trellis":{"dtype":"F16","data_offsets":[0,1]},' * 10_000])
+def test_of_a_long_head_each_tensor_is_read_once(folder: Path, note: str) -> None:
+    rng = random.Random(7)
+    sizes = {f"{number}.{rng.choice(['weight', '},', 'é'])}": rng.randrange(99) for number in range(20_000)}
+    members: dict[str, Any] = {
+        name: {"dtype": "F16", "shape": [size], "data_offsets": [100, 100 + size]}
+        for name, size in sizes.items()
+    }
+    head = {"__metadata__": {"note": note}, **members}
+    for separators in ((",", ":"), (", ", ": ")):
+        write_head(folder / "model.safetensors", json.dumps(head, separators=separators).encode() + b"   ")
+        assert [(name, tensor.stored_bytes) for name, tensor in read_tensors(folder)] == list(sizes.items())
+
+
+@pytest.mark.parametrize("end", [b"", b"}}", b",}", b'},"b":{}'])
+def test_a_long_head_that_is_broken_at_its_end_tells_nothing(folder: Path, end: bytes) -> None:
+    tensors = {f"{number}.trellis": {"dtype": "F16", "data_offsets": [0, 2]} for number in range(20_000)}
+    head = json.dumps(tensors, separators=(",", ":")).encode()
+    write_head(folder / "model.safetensors", head[:-1] + end)
     assert quantization_of(folder) is None
 
 
