@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from gallama.generation import (
     State,
     StateStatus,
 )
+from tests.engines.asking import Answer
 
 SLOTS = 16
 CACHE_TOKENS = 8192
@@ -163,25 +163,6 @@ def backend(engine: Engine, backends: dict[str, LLGuidanceBackend]) -> LLGuidanc
     if vocabulary.fingerprint not in backends:
         backends[vocabulary.fingerprint] = LLGuidanceBackend(vocabulary)
     return backends[vocabulary.fingerprint]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """All chunks of one generation."""
-
-    chunks: list[GeneratedChunk]
-
-    @property
-    def text(self) -> str:
-        return "".join(chunk.text for chunk in self.chunks)
-
-    @property
-    def end(self) -> str | None:
-        return self.chunks[-1].end
-
-    @property
-    def tokens(self) -> int:
-        return sum(chunk.sampled_tokens + chunk.forced_tokens for chunk in self.chunks)
 
 
 class Observed:

@@ -1,4 +1,4 @@
-"""Asking an engine of a library with a generator of its own, and watching it."""
+"""Asking an engine, and watching it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class Answer:
     @property
     def forced(self) -> int:
         return sum(chunk.forced_tokens for chunk in self.chunks)
+
+    @property
+    def tokens(self) -> int:
+        return self.sampled + self.forced
 
     @property
     def drafted(self) -> int:

@@ -5,7 +5,6 @@ import random
 import re
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from gallama.generation import (
     State,
     StateStatus,
 )
+from tests.engines.asking import Answer
 
 GREEDY = SamplingSettings(temperature=0)
 PHRASE = "the quick brown fox jumps over the lazy dog"
@@ -45,37 +45,6 @@ PLAN_SCHEMA = {
     "required": ["name_of_the_city", "is_capital", "season"],
     "additionalProperties": False,
 }
-
-
-@dataclass
-class Answer:
-    """All chunks of one generation."""
-
-    chunks: list[GeneratedChunk]
-
-    @property
-    def text(self) -> str:
-        return "".join(chunk.text for chunk in self.chunks)
-
-    @property
-    def end(self) -> str | None:
-        return self.chunks[-1].end
-
-    @property
-    def sampled(self) -> int:
-        return sum(chunk.sampled_tokens for chunk in self.chunks)
-
-    @property
-    def forced(self) -> int:
-        return sum(chunk.forced_tokens for chunk in self.chunks)
-
-    @property
-    def tokens(self) -> int:
-        return self.sampled + self.forced
-
-    @property
-    def cached(self) -> int:
-        return sum(chunk.cached_prompt_tokens for chunk in self.chunks)
 
 
 def turn(text: str) -> str:
