@@ -350,7 +350,7 @@ def _compile(build: Path, module: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode == CANNOT_COMPILE_HERE:
-        _tell("It will be compiled when a model is first loaded where that is different.")
+        _tell("It will be compiled when a model is first loaded where it can be.")
     elif process.returncode:
         raise SetupFailed(f"{module} cannot be compiled: {_last_words(complaints)}.")
 
