@@ -26,7 +26,10 @@ def test_without_a_name_the_file_that_serve_reads_is_checked(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("m:\n  cache_quant: Q5\n", "line 2, `m.cache_quant`: 'Q5' is not allowed; use one of: FP16, Q8, Q6, Q4"),
+        (
+            "m:\n  cache_quant: Q5\n",
+            "line 2, `m.cache_quant`: 'Q5' is not allowed; use one of: FP16, Q8, Q6, Q4",
+        ),
         ("m:\n  model_id: gone.gguf\n", "its model_id 'gone.gguf' is no file"),
     ],
 )
