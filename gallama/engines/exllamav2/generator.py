@@ -160,7 +160,7 @@ class PagedGenerator:
         """Tokens of a prompt that are read in a step; fewer while others write. Whole pages."""
         most = self._models.sizes.chunk
         if not self._models.is_paged and self._legs:
-            # There the library keeps a number for each pair of tokens that see each other.
+            # There the library has a number for each pair of tokens, to say which one sees the other.
             longest = max(leg.length for leg in self._legs)
             most = min(most, max(_MOST_PAIRS // longest // PAGE_TOKENS, 1) * PAGE_TOKENS)
         if not any(leg.is_writing for leg in self._legs):

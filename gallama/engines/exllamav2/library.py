@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from exllamav2.attn_params import Params
 from exllamav2.ext import none_tensor
 from exllamav2.generator import ExLlamaV2DynamicGenerator, ExLlamaV2DynamicJob
 from numpy.typing import NDArray
@@ -109,6 +110,18 @@ class Leg(ExLlamaV2DynamicJob):  # type: ignore[misc]
         self._forced_drafts, self.guessed = forced, guessed
 
 
+class _CausalParams(Params):  # type: ignore[misc]
+    """What a pass without pages is told.
+
+    Without flash-attn the library takes this mask for PyTorch's attention, and there is none: each token of a
+    prompt or a draft would see those behind it.
+    """
+
+    def get_block_diag_mask(self, device: Any) -> torch.Tensor | None:
+        mask: torch.Tensor | None = self.get_attn_mask(device)
+        return mask
+
+
 class LegGenerator(ExLlamaV2DynamicGenerator):  # type: ignore[misc]
     """The library's generator, with runs that grammars force as the first of all drafts."""
 
@@ -178,6 +191,18 @@ class LegGenerator(ExLlamaV2DynamicGenerator):  # type: ignore[misc]
             leg.begin_step()
         results: list[Any] = super().iterate()
         return results
+
+    def get_paged_params(self, *args: Any, **kwargs: Any) -> Any:
+        params = super().get_paged_params(*args, **kwargs)
+        if self.paged:
+            return params
+        return _CausalParams(
+            params.batch_size,
+            params.seq_len,
+            params.past_len,
+            alt_rope_embed=params.alt_rope_embed_dict,
+            rope_offsets=params.rope_offsets,
+        )
 
     def iterate_ngram_gen(self, results: list[Any]) -> torch.Tensor | None:
         legs = [leg for leg in self.active_jobs if leg.is_writing]

@@ -186,9 +186,6 @@ def read_library_config(path: Path, options: ExLlamaV2Options) -> Any:
     config.scale_alpha_value = options.rope_alpha or config.scale_alpha_value
     config.no_flash_attn = config.no_flash_attn or not options.flash_attn
     config.arch_compat_overrides(quiet=True)
-    # What the library does without flash-attn and xformers: with PyTorch's own attention each token of a
-    # prompt or a draft sees those behind it, for the mask is left out. With plain products it is not.
-    config.no_sdpa = True
     return config
 
 

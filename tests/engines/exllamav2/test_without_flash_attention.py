@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from gallama.engines.exllamav2.loading import read_library_config
-from gallama.engines.exllamav2.options import read_options
 from gallama.errors import GallamaError
 from gallama.generation import Engine
 from tests.engines.asking import Observed, until_idle
@@ -28,7 +26,6 @@ from tests.engines.exllamav2.asking import (
     loaded,
     make_prompts,
     raising,
-    spec_for,
     written,
 )
 from tests.engines.exllamav2.ground import CONTEXT_LENGTH, PAGE, Ground, laid_ground, save_folder
@@ -113,13 +110,11 @@ async def test_an_answer_that_nobody_reads_makes_room(ground: Ground, folder: Pa
 
 
 @pytest.mark.parametrize("cached", [0, 5])
-def test_no_token_sees_those_behind_it(ground: Ground, folder: Path, cached: int) -> None:
+def test_no_token_sees_those_behind_it(ground: Ground, engine: Engine, cached: int) -> None:
     """The library's own attention, on the CPU."""
-    config = read_library_config(folder, read_options(spec_for(folder)))
-    model = ground.exllamav2.ExLlamaV2(config)
-    attention = next(
-        module for module in model.modules if isinstance(module, ground.exllamav2.attn.ExLlamaV2Attention)
-    )
+    model = ground.generator.model
+    config, kind = model.config, ground.exllamav2.attn.ExLlamaV2Attention
+    attention = next(module for module in model.modules if isinstance(module, kind))
     generator = torch.Generator().manual_seed(1)
 
     def noise(length: int, heads: int) -> torch.Tensor:
@@ -130,7 +125,9 @@ def test_no_token_sees_those_behind_it(ground: Ground, folder: Path, cached: int
     keys, values = (noise(cached + length, config.num_key_value_heads) for _ in range(2))
 
     def attend() -> torch.Tensor:
-        params = ground.exllamav2.attn.ExLlamaV2Attention.Params(1, length, cached)
+        params = ground.generator.get_paged_params(
+            1, torch.zeros((1, 1), dtype=torch.int32), torch.tensor([cached], dtype=torch.int32), length
+        )
         attended: torch.Tensor = attention._attn_torch(
             1, length, queries, keys.clone(), values.clone(), params, config
         )
