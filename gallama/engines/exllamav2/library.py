@@ -3,6 +3,7 @@
     receive_logits        asks for a text's next token, once for each that it gets; drafts that turn out wrong
                           are never asked for. It may be called on a thread of the library's own
     iterate_*_gen         propose the drafts of a step: a tensor with a row for each text that writes
+    get_paged_params      makes what a pass is told of its rows, which mask goes to PyTorch's attention, too
     pages                 are taken for a whole job when it starts, and asked for here beforehand
 
 What is raised in the middle of `iterate` leaves a page table on which the next step may never end, so after
