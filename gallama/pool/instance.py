@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 
 import psutil
@@ -33,7 +33,7 @@ class Instance:
         on_change: Callable[[Instance], None],
         *,
         limits: SupervisionLimits,
-        place: Callable[[ResolvedModel], Placement],
+        place: Callable[[ResolvedModel], Awaitable[Placement]],
         inventory: GpuInventory,
         port: int,
         is_trial: bool,
@@ -200,9 +200,9 @@ class Instance:
             cut_requests=cut_requests,
         )
 
-    def _place(self, model: ResolvedModel) -> Placement:
+    async def _place(self, model: ResolvedModel) -> Placement:
         self.placement = None  # what it had before is not taken any more
-        self.placement = self._choose_place(model)
+        self.placement = await self._choose_place(model)
         return self.placement
 
     async def _gpu_bytes(self, gpus: Sequence[int]) -> int:

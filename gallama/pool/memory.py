@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,13 +29,14 @@ class Memory:
         self._seen: Sequence[Gpu] = ()
         self._seen_at = -_SEEN_SECONDS
 
-    def place(self, model: ResolvedModel) -> Placement:
+    async def place(self, model: ResolvedModel) -> Placement:
         """The GPUs for a model.
 
         Raises:
             InvalidConfig: the model asks for a GPU that is not there, or for more than it has.
             NotEnoughMemory: no GPUs have enough free memory.
         """
+        await asyncio.to_thread(self._need, model)  # the heads of a large model's files take a while to read
         return self._place(model, self._inventory())
 
     def _place(self, model: ResolvedModel, seen: Sequence[Gpu]) -> Placement:
@@ -65,6 +67,6 @@ class Memory:
         key = (model.path, model.spec.model_dump_json())
         if key not in self._needs:
             while len(self._needs) >= _KEPT_NEEDS:
-                del self._needs[next(iter(self._needs))]
+                self._needs.pop(next(iter(self._needs)), None)
             self._needs[key] = estimate_memory(model)
         return self._needs[key]

@@ -17,7 +17,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -127,7 +127,7 @@ class CrashCounter:
             )
 
 
-def _anywhere(_: ResolvedModel) -> Placement | None:
+async def _anywhere(_: ResolvedModel) -> Placement | None:
     return None
 
 
@@ -142,7 +142,7 @@ class Supervisor:
         *,
         limits: SupervisionLimits = SupervisionLimits(),
         is_busy: Callable[[], bool] = lambda: False,
-        place: Callable[[ResolvedModel], Placement | None] = _anywhere,
+        place: Callable[[ResolvedModel], Awaitable[Placement | None]] = _anywhere,
         label: str = "",
     ) -> None:
         """
@@ -313,7 +313,7 @@ class Supervisor:
 
     @contextlib.asynccontextmanager
     async def _launched(self) -> AsyncIterator[RunningWorker]:
-        placement = self._place(self._model)
+        placement = await self._place(self._model)
         self._worker = await self._launcher.launch(self._model, placement)
         self.starts += 1
         self.gpus = () if placement is None else placement.gpus

@@ -230,8 +230,12 @@ class TestLoading:
 
     async def test_its_gpus_are_chosen_at_each_start(self, supervise: Supervise) -> None:
         placements = iter([Placement(gpus=(0, 2)), Placement(gpus=(1,))])
+
+        async def take_turns(_: ResolvedModel) -> Placement:
+            return next(placements)
+
         launcher = FakeLauncher()
-        supervisor = supervise(scripted(), launcher, place=lambda _: next(placements))
+        supervisor = supervise(scripted(), launcher, place=take_turns)
         supervisor.wake()
         await until(lambda: supervisor.state == "ready")
         assert supervisor.gpus == (0, 2)
@@ -241,7 +245,7 @@ class TestLoading:
         assert launcher.placements == [Placement(gpus=(0, 2)), Placement(gpus=(1,))]
 
     async def test_a_place_that_cannot_be_had_is_why_the_load_failed(self, supervise: Supervise) -> None:
-        def refuse(_: ResolvedModel) -> Placement:
+        async def refuse(_: ResolvedModel) -> Placement:
             raise InvalidConfig("There is no GPU 7.")
 
         supervisor = supervise(scripted(), FakeLauncher(), place=refuse)
