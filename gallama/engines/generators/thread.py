@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -21,6 +22,9 @@ from gallama.errors import EngineFailed, GallamaError, WorkerUnavailable
 from gallama.generation import EngineStatus, Vocabulary
 
 logger = logging.getLogger(__name__)
+
+# While texts are at work, the cache is counted no more often: a library walks all of its pages for that.
+_COUNT_SECONDS = 1.0
 
 
 class Generator(Protocol):
@@ -97,6 +101,7 @@ class GeneratorThread:
         self._is_defective = False
         """Whether nothing can be computed any more."""
         self._cached_tokens = 0
+        self._counted_at = -_COUNT_SECONDS
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._loaded: Future[int] = Future()
@@ -267,7 +272,11 @@ class GeneratorThread:
         text.end_leg()
 
     def _count_cached(self, generator: Generator) -> None:
-        """For the status alone, so that it costs nobody an answer."""
+        """For the status alone, so it costs nobody an answer, nor those that write much time."""
+        now = time.monotonic()
+        if self._texts and now - self._counted_at < _COUNT_SECONDS:
+            return
+        self._counted_at = now
         try:
             self._cached_tokens = generator.cached_tokens()
         except BaseException:
