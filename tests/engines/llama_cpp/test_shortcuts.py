@@ -18,9 +18,9 @@ from gallama.engines import ENGINES
 from gallama.engines.llama_cpp.context import common_prefix
 from gallama.errors import InvalidConfig
 from gallama.generation import Engine
+from tests.engines.asking import Answer
 from tests.engines.llama_cpp.step_costs import LongStepsForNothing
 from tests.engines.llama_cpp.test_engine import (
-    Answer,
     Grammar,
     generate,
     request_for,
