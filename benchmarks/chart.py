@@ -113,6 +113,12 @@ def from_memory(figures: Any) -> Iterator[Finding]:
         yield Finding(what=what, value=row["ratio"], target=row["target"])
 
 
+def from_sampling(figures: Any) -> Iterator[Finding]:
+    for name, row in figures.items():
+        what = f"choosing a token with exllamav2, {name} / transformers' processors"
+        yield Finding(what=what, value=row["ratio"], target=1.0, panel=TIMES)
+
+
 READERS: Mapping[str, Callable[[Any], Iterator[Finding]]] = {
     "engine": from_engine,
     "speculative": from_speculative,
@@ -122,6 +128,7 @@ READERS: Mapping[str, Callable[[Any], Iterator[Finding]]] = {
     "start_up": from_start_up,
     "embedding": from_embedding,
     "threads": from_threads,
+    "sampling": from_sampling,
     "memory": from_memory,
 }
 

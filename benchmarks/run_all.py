@@ -26,6 +26,7 @@ BENCHMARKS = (
     "flash_attention",
     "kv_layout",
     "memory",
+    "sampling",
 )
 
 
