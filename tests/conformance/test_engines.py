@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,8 @@ from gallama.generation import (
     GeneratedChunk,
     GenerationRequest,
     SamplingSettings,
-    State,
-    StateStatus,
 )
-from tests.engines.asking import Answer
+from tests.engines.asking import Answer, Observed
 
 SLOTS = 16
 CACHE_TOKENS = 8192
@@ -163,41 +161,6 @@ def backend(engine: Engine, backends: dict[str, LLGuidanceBackend]) -> LLGuidanc
     if vocabulary.fingerprint not in backends:
         backends[vocabulary.fingerprint] = LLGuidanceBackend(vocabulary)
     return backends[vocabulary.fingerprint]
-
-
-class Observed:
-    """A grammar that checks on its engine: nothing is taken that was not allowed or forced."""
-
-    def __init__(self, state: State) -> None:
-        self._state = state
-        self.taken: list[int] = []
-
-    @property
-    def status(self) -> StateStatus:
-        return self._state.status
-
-    def mask(self, out: NDArray[np.int32]) -> bool:
-        return self._state.mask(out)
-
-    def accepts(self, token_ids: Sequence[int]) -> int:
-        return self._state.accepts(token_ids)
-
-    def advance(self, token_ids: Sequence[int]) -> int:
-        assert self._state.status != "must_end", "an answer goes no further than its grammar"
-        taken = self._state.advance(token_ids)
-        assert taken == len(token_ids), "only what the grammar allows is offered to it"
-        self.taken += token_ids
-        return taken
-
-    def forced(self) -> list[int]:
-        return self._state.forced()
-
-    def rollback(self, count: int) -> None:
-        self._state.rollback(count)
-        del self.taken[len(self.taken) - count :]
-
-    def clone(self) -> State:
-        return Observed(self._state.clone())
 
 
 class Failing(Observed):

@@ -71,6 +71,9 @@ class Observed:
         self._state.rollback(count)
         del self.taken[len(self.taken) - count :]
 
+    def clone(self) -> Observed:
+        return Observed(self._state.clone())
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
 

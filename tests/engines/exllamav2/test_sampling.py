@@ -14,8 +14,8 @@ from gallama.engines.logits import NEUTRAL
 from gallama.engines.transformers import sampling as by_transformers
 from gallama.errors import EngineFailed
 from gallama.generation import SamplingSettings
+from tests.engines.logit_rows import SIZE, logits_with, mask_of
 
-SIZE = 100  # no multiple of 32, as few vocabularies are
 GREEDY = SamplingSettings(temperature=0)
 
 
@@ -23,20 +23,6 @@ def make(
     settings: SamplingSettings, *, prompt_length: int = 0, size: int = SIZE, unused: Sequence[int] = ()
 ) -> Sampler:
     return Sampler(settings, prompt_length=prompt_length, vocabulary_size=size, unused_token_ids=unused)
-
-
-def logits_with(**values: float) -> NDArray[np.float32]:
-    """Logits of zero but for some, given as t7=2.5."""
-    logits = np.zeros(SIZE, dtype=np.float32)
-    for name, value in values.items():
-        logits[int(name[1:])] = value
-    return logits
-
-
-def mask_of(token_ids: Sequence[int], size: int = SIZE) -> NDArray[np.int32]:
-    bits = np.zeros((size + 31) // 32 * 32, dtype=np.uint8)
-    bits[list(token_ids)] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def sample(

@@ -13,8 +13,8 @@ from gallama.engines.llama_cpp.bindings import Candidates
 from gallama.engines.llama_cpp.sampling import Sampler
 from gallama.engines.logits import allowed_tokens, log_probabilities
 from gallama.generation import SamplingSettings
+from tests.engines.logit_rows import SIZE, logits_with, mask_of
 
-SIZE = 100  # no multiple of 32, as few vocabularies are
 GREEDY = SamplingSettings(temperature=0)
 
 
@@ -26,20 +26,6 @@ def make(settings: SamplingSettings, prompt: Sequence[int] = ()) -> Sampler:
         prompt_token_ids=prompt,
         candidates=Candidates(SIZE),
     )
-
-
-def logits_with(**values: float) -> NDArray[np.float32]:
-    """Logits of zero but for some, given as t7=2.5."""
-    logits = np.zeros(SIZE, dtype=np.float32)
-    for name, value in values.items():
-        logits[int(name[1:])] = value
-    return logits
-
-
-def mask_of(token_ids: Sequence[int]) -> NDArray[np.int32]:
-    bits = np.zeros((SIZE + 31) // 32 * 32, dtype=np.uint8)
-    bits[list(token_ids)] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def sample(
