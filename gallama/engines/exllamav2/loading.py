@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gallama.catalog.folder_sizes import stored_bytes
 from gallama.catalog.model_files import gptq_bits, quantization_of, read_config
 from gallama.config import ModelSpec
 from gallama.engines.cuda_extension import import_with_extension
@@ -349,7 +350,7 @@ def _load_all(
     free = _free_bytes()
     draft_part = 0.0
     if draft_config is not None:
-        weights = [_bytes_of_weights(each) for each in (draft_config, config)]
+        weights = [stored_bytes(Path(each.model_dir)) for each in (draft_config, config)]
         draft_part = weights[0] / sum(weights)
         of_its_own = spec.draft_gpus is not None
         gpus = spec.draft_gpus if spec.draft_gpus is not None else spec.gpus
@@ -432,7 +433,7 @@ class _Loading:
         split = split_by_hand(
             self._placement,
             self._free_bytes,
-            weight_bytes=_bytes_of_weights(config),
+            weight_bytes=stored_bytes(self._path),
             cache_bytes=int(numbers * self._cache_tokens * self._cache_bits / 8),
         )
         self.model.load(split, callback=report)
@@ -448,10 +449,6 @@ class _Loading:
             expect_cache_base=self._cache_kind,
         )
         return exllamav2.ExLlamaV2Cache_TP(self.model, base=self._cache_kind, max_seq_len=self._cache_tokens)
-
-
-def _bytes_of_weights(config: Any) -> int:
-    return sum(os.path.getsize(file) for file in config.tensor_files)
 
 
 def _free_bytes() -> list[int]:
